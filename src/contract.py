@@ -1,0 +1,110 @@
+"""The operation every sampler implements: names, shapes, result type and argument checks.
+
+Terms follow Leviathan et al. 2023 (arXiv:2211.17192). B = batch size, K = spec length (draft
+tokens a row), V = vocab size; p = target probabilities, q = draft probabilities.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+
+PLACEHOLDER_TOKEN_ID = -1
+# Infinite or absurd weights count as this much, so that a sum over a row cannot overflow.
+MAX_WEIGHT = 2.0**100
+
+PROBABILITY_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+TOKEN_DTYPES = (torch.int32, torch.int64)
+
+
+class SamplerOutput(NamedTuple):
+    """What a sampler returns.
+
+    token_ids: [B, K+1], dtype of draft_token_ids: accepted drafts, then one recovered or bonus
+        token, then PLACEHOLDER_TOKEN_ID.
+    num_accepted: [B] int32: accepted draft tokens of each row, 0 to K_b.
+    """
+
+    token_ids: torch.Tensor
+    num_accepted: torch.Tensor
+
+
+class Shape(NamedTuple):
+    batch_size: int
+    spec_length: int
+    vocab_size: int
+
+
+def validate(
+    draft_token_ids: torch.Tensor,
+    draft_probs: torch.Tensor | None,
+    target_probs: torch.Tensor,
+    *,
+    num_draft_tokens: torch.Tensor | None = None,
+    uniforms: torch.Tensor | None = None,
+    seeds: torch.Tensor | None = None,
+    offsets: torch.Tensor | None = None,
+    generator: torch.Generator | None = None,
+) -> Shape:
+    """Checks the arguments of rejection_sample without reading a tensor's values.
+
+    Raises TypeError for a wrong type or dtype and ValueError for a wrong shape, layout, device
+    or combination; the message names the argument, what came and what was wanted.
+    """
+    _check("draft_token_ids", draft_token_ids, TOKEN_DTYPES, ndim=2)
+    _check("target_probs", target_probs, PROBABILITY_DTYPES, ndim=3)
+    batch_size, spec_length = draft_token_ids.shape
+    vocab_size = target_probs.shape[2]
+    _check_shape("target_probs", target_probs, (batch_size, spec_length + 1, vocab_size))
+    if vocab_size == 0:
+        raise ValueError("target_probs has vocab size 0; wanted at least 1 token")
+    optional = [
+        ("draft_probs", draft_probs, (target_probs.dtype,), (batch_size, spec_length, vocab_size)),
+        ("num_draft_tokens", num_draft_tokens, (torch.int32,), (batch_size,)),
+        ("uniforms", uniforms, (torch.float32,), (batch_size, spec_length + 1)),
+        ("seeds", seeds, (torch.int64,), (batch_size,)),
+        ("offsets", offsets, (torch.int64,), (batch_size,)),
+    ]
+    for name, tensor, dtypes, shape in optional:
+        if tensor is not None:
+            _check(name, tensor, dtypes, ndim=len(shape))
+            _check_shape(name, tensor, shape)
+    for name, tensor in (("draft_probs", draft_probs), ("target_probs", target_probs)):
+        if tensor is not None and tensor.numel() and vocab_size > 1 and tensor.stride(-1) != 1:
+            raise ValueError(
+                f"{name} has stride {tensor.stride(-1)} along the vocabulary; wanted 1: "
+                f"call {name}.contiguous()"
+            )
+    for name, tensor in [("draft_token_ids", draft_token_ids)] + [o[:2] for o in optional]:
+        if tensor is not None and tensor.device != target_probs.device:
+            raise ValueError(
+                f"{name} is on {tensor.device} and target_probs on {target_probs.device}; "
+                "wanted one device"
+            )
+    if (seeds is None) != (offsets is None):
+        missing, given = ("seeds", "offsets") if seeds is None else ("offsets", "seeds")
+        raise ValueError(f"{given} came without {missing}; wanted both or neither")
+    sources = [
+        name
+        for name, value in (("uniforms", uniforms), ("seeds", seeds), ("generator", generator))
+        if value is not None
+    ]
+    if len(sources) > 1:
+        raise ValueError(f"{' and '.join(sources)} were given; wanted one source of randomness")
+    return Shape(batch_size, spec_length, vocab_size)
+
+
+def _check(name: str, tensor: torch.Tensor, dtypes: tuple[torch.dtype, ...], ndim: int) -> None:
+    if not isinstance(tensor, torch.Tensor):
+        raise TypeError(f"{name} is a {type(tensor).__name__}; wanted a torch.Tensor")
+    if tensor.dtype not in dtypes:
+        wanted = " or ".join(str(dtype) for dtype in dtypes)
+        raise TypeError(f"{name} has dtype {tensor.dtype}; wanted {wanted}")
+    if tensor.ndim != ndim:
+        raise ValueError(f"{name} has shape {list(tensor.shape)}; wanted {ndim} dimensions")
+
+
+def _check_shape(name: str, tensor: torch.Tensor, wanted: tuple[int, ...]) -> None:
+    if tuple(tensor.shape) != wanted:
+        raise ValueError(f"{name} has shape {list(tensor.shape)}; wanted {list(wanted)}")

@@ -1,0 +1,70 @@
+"""The emitted tokens follow the target's distribution; planted faults do not."""
+
+import pytest
+import torch
+from scipy.stats import chisquare
+
+from src import samplers
+
+DRAWS, VOCAB = 40_000, 8
+ALPHA = 1e-4
+
+
+def draw_tokens(sample):
+    g = torch.Generator().manual_seed(1)
+    p = torch.tensor([0.30, 0.05, 0.20, 0.02, 0.18, 0.10, 0.12, 0.03])
+    q = torch.tensor([0.10, 0.25, 0.05, 0.20, 0.10, 0.10, 0.05, 0.15])
+    second = p.flip(0)
+    ids = torch.multinomial(q, 2 * DRAWS, replacement=True, generator=g).reshape(DRAWS, 2)
+    target = torch.stack([p, second, p]).expand(DRAWS, 3, VOCAB)
+    uniforms = torch.rand(DRAWS, 3, generator=g)
+    output = sample(ids, q.expand(DRAWS, 2, VOCAB), target, uniforms=uniforms)
+    return output.token_ids, p, second
+
+
+def p_values(sample):
+    tokens, p, second = draw_tokens(sample)
+    result = []
+    for column, expected in ((0, p), (1, second)):
+        emitted = tokens[:, column][tokens[:, column] >= 0]
+        counts = torch.bincount(emitted, minlength=VOCAB).double()
+        wanted = expected.double() / expected.double().sum() * counts.sum()
+        result.append(chisquare(counts.numpy(), wanted.numpy()).pvalue)
+    return result
+
+
+def test_vectorized_follows_the_target_in_its_first_two_tokens():
+    assert min(p_values(samplers.get("vectorized").load())) > ALPHA
+
+
+def test_baseline_emits_the_same_draws_as_vectorized():
+    baseline, vectorized = (samplers.get(n).load() for n in ("baseline", "vectorized"))
+
+    def first_rows(*tensors, uniforms):
+        return baseline(*(t[:2000] for t in tensors), uniforms=uniforms[:2000])
+
+    assert torch.equal(draw_tokens(first_rows)[0], draw_tokens(vectorized)[0][:2000])
+
+
+def accept_always(ids, q, p, *, uniforms):
+    uniforms = uniforms.clone()
+    uniforms[:, :-1] = 0
+    return samplers.get("vectorized").load()(ids, q, p, uniforms=uniforms)
+
+
+def swap_p_and_q(ids, q, p, *, uniforms):
+    swapped = torch.cat([q, p[:, 2:]], dim=1)
+    return samplers.get("vectorized").load()(ids, p[:, :2], swapped, uniforms=uniforms)
+
+
+def recover_from_p(ids, q, p, *, uniforms):
+    output = samplers.get("vectorized").load()(ids, q, p, uniforms=uniforms)
+    last = output.num_accepted.long()[:, None]
+    rows = p[torch.arange(len(p)), last[:, 0]].double().cumsum(-1)
+    drawn = torch.searchsorted(rows, uniforms[:, -1:].double() * rows[:, -1:], right=True)
+    return output._replace(token_ids=output.token_ids.scatter(1, last, drawn))
+
+
+@pytest.mark.parametrize("fault", [accept_always, swap_p_and_q, recover_from_p])
+def test_a_planted_fault_fails_the_chi_square(fault):
+    assert min(p_values(fault)) < ALPHA
