@@ -6,13 +6,24 @@ PY := $(VENV)/bin/python
 SETUP := $(VENV)/.installed
 endif
 
-.PHONY: test lint clean
-test: $(SETUP)
+# The interpreter's full path: the build runs in another folder.
+PYTHON_PATH = $(if $(SETUP),$(abspath $(PY)),$(PY))
+CSRC := src/cuda/csrc
+BUILT := $(CSRC)/build/.built
+
+.PHONY: test build lint clean
+test: build
 	$(PY) -m pytest -q
 
 lint: $(SETUP)
 	$(PY) -m ruff check .
 	$(PY) -m ruff format --check .
+
+build: $(BUILT)
+
+$(BUILT): $(SETUP) $(wildcard $(CSRC)/*.cpp $(CSRC)/*.h) $(CSRC)/setup.py
+	cd $(CSRC) && $(PYTHON_PATH) setup.py build_ext --inplace
+	touch $@
 
 $(VENV)/.installed: requirements.txt constraints.txt
 	python3 -m venv $(VENV)
@@ -20,4 +31,4 @@ $(VENV)/.installed: requirements.txt constraints.txt
 	touch $@
 
 clean:
-	rm -rf $(VENV) .pytest_cache .ruff_cache
+	rm -rf $(VENV) $(CSRC)/build $(CSRC)/*.so .pytest_cache .ruff_cache

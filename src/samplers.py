@@ -30,6 +30,7 @@ _SAMPLERS = [
         "src.compiled.rejection_sampler",
         "rejection_sample_compiled",
     ),
+    Sampler("cpp", "C++ Kernel (CPU)", "src.cuda.fused_sampler", "rejection_sample"),
 ]
 SAMPLERS = {sampler.name: sampler for sampler in _SAMPLERS}
 

@@ -16,7 +16,8 @@ ALLOWED = {
     "randomness": {"contract"},
     "baseline": {"contract", "randomness"},
     "compiled": {"contract", "randomness"},
-    "samplers": {"baseline", "compiled"},
+    "cuda": {"contract", "randomness"},
+    "samplers": {"baseline", "compiled", "cuda"},
 }
 
 

@@ -33,8 +33,9 @@ def p_values(sample):
     return result
 
 
-def test_vectorized_follows_the_target_in_its_first_two_tokens():
-    assert min(p_values(samplers.get("vectorized").load())) > ALPHA
+@pytest.mark.parametrize("name", ["vectorized", "cpp"])
+def test_the_first_two_tokens_follow_the_target(name):
+    assert min(p_values(samplers.get(name).load())) > ALPHA
 
 
 def test_baseline_emits_the_same_draws_as_vectorized():

@@ -1,10 +1,10 @@
 import pytest
 import torch
 
-from src import oracle, samplers
+from src import oracle, philox, samplers
 from tests.cases import make_case
 
-EAGER = ["baseline", "vectorized"]
+EAGER = ["baseline", "vectorized", "cpp"]
 
 
 def check(name, case):
@@ -130,3 +130,24 @@ def test_the_compiled_sampler_emits_the_oracles_tokens():
     for shape in [(3, 2, 128), (7, 5, 1000)]:
         check("vectorized-compiled", make_case(*shape))
     check("vectorized-compiled", {**make_case(3, 2, 128), "draft_probs": None})
+
+
+def test_the_cpp_kernel_draws_the_published_stream():
+    case = make_case(6, 4, 3000)
+    seeds, offsets = torch.arange(6) * 2**33 - 5, torch.arange(6) * 7
+    case["uniforms"] = torch.from_numpy(philox.uniforms(seeds.numpy(), offsets.numpy(), 5))
+    given = check("cpp", case)
+    del case["uniforms"]
+    streamed = samplers.get("cpp").load()(**case, seeds=seeds, offsets=offsets)
+    assert torch.equal(given.token_ids, streamed.token_ids)
+
+
+@pytest.mark.parametrize("u", [0.0, 0.5, 1 - 2**-24])
+def test_the_ends_of_the_cdf_draw_the_first_and_last_index_with_weight(u):
+    case = make_case(1, 1, 40_000)
+    case["draft_token_ids"][:] = 39_999
+    case["target_probs"][:, 0, :100] = 0
+    case["target_probs"][:, 0, 39_000:] = 0
+    case["uniforms"][:] = u
+    for name in EAGER:
+        check(name, case)
