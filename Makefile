@@ -18,6 +18,7 @@ test: build
 lint: $(SETUP)
 	$(PY) -m ruff check .
 	$(PY) -m ruff format --check .
+	$(PY) -c "import clang_format; clang_format.clang_format()" --dry-run --Werror $(wildcard $(CSRC)/*.cpp $(CSRC)/*.h)
 
 build: $(BUILT)
 
