@@ -23,18 +23,17 @@ def rejection_sample(
     generator: torch.Generator | None = None,
 ) -> SamplerOutput:
     """Arguments, result, errors and source as in src.baseline.rejection_sampler."""
-    shape = validate(
+    return _checked(
+        _sample,
         draft_token_ids,
         draft_probs,
         target_probs,
-        num_draft_tokens=num_draft_tokens,
+        num_draft_tokens,
         uniforms=uniforms,
         seeds=seeds,
         offsets=offsets,
         generator=generator,
     )
-    u = row_uniforms(shape, target_probs.device, uniforms, seeds, offsets, generator)
-    return SamplerOutput(*_sample(draft_token_ids, draft_probs, target_probs, num_draft_tokens, u))
 
 
 def rejection_sample_compiled(
@@ -49,18 +48,30 @@ def rejection_sample_compiled(
     generator: torch.Generator | None = None,
 ) -> SamplerOutput:
     """rejection_sample with its arithmetic under torch.compile (checks and uniforms outside)."""
-    shape = validate(
+    return _checked(
+        _compiled(),
         draft_token_ids,
         draft_probs,
         target_probs,
-        num_draft_tokens=num_draft_tokens,
+        num_draft_tokens,
         uniforms=uniforms,
         seeds=seeds,
         offsets=offsets,
         generator=generator,
     )
-    u = row_uniforms(shape, target_probs.device, uniforms, seeds, offsets, generator)
-    sample = _compiled()
+
+
+def _checked(
+    sample, draft_token_ids, draft_probs, target_probs, num_draft_tokens, **randomness
+) -> SamplerOutput:
+    shape = validate(
+        draft_token_ids,
+        draft_probs,
+        target_probs,
+        num_draft_tokens=num_draft_tokens,
+        **randomness,
+    )
+    u = row_uniforms(shape, target_probs.device, **randomness)
     return SamplerOutput(*sample(draft_token_ids, draft_probs, target_probs, num_draft_tokens, u))
 
 
