@@ -1,6 +1,6 @@
 // The arithmetic of rejection sampling, shared by host and device. No torch headers.
-// docs/kernel.md states the order of summation. The tests compare tokens with the float64 oracle, so
-// they allow another order within its CDF_EPSILON; no test pins the sums themselves yet.
+// docs/kernel.md states the order of summation. The tests compare tokens with the float64 oracle,
+// so they allow another order within its CDF_EPSILON; no test pins the sums themselves yet.
 #pragma once
 
 #include <cstdint>
