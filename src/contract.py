@@ -30,6 +30,15 @@ class SamplerOutput(NamedTuple):
     num_accepted: torch.Tensor
 
 
+class SamplerUnavailable(RuntimeError):
+    """A sampler that cannot run here: `reason` says why, `command` what mends it (or None)."""
+
+    def __init__(self, reason: str, command: str | None = None):
+        super().__init__(f"{reason}; run: {command}" if command else reason)
+        self.reason = reason
+        self.command = command
+
+
 class Shape(NamedTuple):
     batch_size: int
     spec_length: int

@@ -1,4 +1,4 @@
-"""The samplers by name. To add one: its module, and one line in _SAMPLERS."""
+"""The samplers by name. To add one: its module, and one entry in _SAMPLERS."""
 
 from __future__ import annotations
 
@@ -6,33 +6,63 @@ import importlib
 from collections.abc import Callable
 from typing import NamedTuple
 
+from src.contract import SamplerUnavailable
+
+__all__ = ["SAMPLERS", "Sampler", "SamplerUnavailable", "get", "names"]
+
+_EVERY_DEVICE = ("cpu", "cuda")
+
 
 class Sampler(NamedTuple):
     name: str
     label: str
     module: str
-    function: str
+    function: str = "rejection_sample"
+    devices: tuple[str, ...] = _EVERY_DEVICE
 
-    def load(self) -> Callable:
-        return getattr(importlib.import_module(self.module), self.function)
+    def load(self, device: str = "cpu") -> Callable:
+        """The function, for tensors on `device` ("cpu" or "cuda").
+
+        Raises SamplerUnavailable, never returning another sampler in its place, where the device
+        is not one of `devices`, is not there, or the extension is not built for it.
+        """
+        if device not in self.devices:
+            others = ", ".join(names(device))
+            raise SamplerUnavailable(
+                f"{self.name} runs on {' or '.join(self.devices)}, not on {device}"
+                f" (there: {others})"
+            )
+        module = importlib.import_module(self.module)
+        if hasattr(module, "require"):
+            module.require(device)
+        return getattr(module, self.function)
 
 
 _SAMPLERS = [
-    Sampler(
-        "baseline", "Baseline (Python loop)", "src.baseline.rejection_sampler", "rejection_sample"
-    ),
-    Sampler(
-        "vectorized", "PyTorch Vectorized", "src.compiled.rejection_sampler", "rejection_sample"
-    ),
+    Sampler("baseline", "Baseline (Python loop)", "src.baseline.rejection_sampler"),
+    Sampler("vectorized", "PyTorch Vectorized", "src.compiled.rejection_sampler"),
     Sampler(
         "vectorized-compiled",
         "PyTorch Vectorized (torch.compile)",
         "src.compiled.rejection_sampler",
         "rejection_sample_compiled",
     ),
-    Sampler("cpp", "C++ Kernel (CPU)", "src.cuda.fused_sampler", "rejection_sample"),
+    Sampler(
+        "cuda-thread-per-row",
+        "CUDA C++ (thread per row)",
+        "src.cuda.fused_sampler",
+        "rejection_sample_thread_per_row",
+        devices=("cuda",),
+    ),
+    Sampler("cuda", "CUDA C++ Kernel", "src.cuda.fused_sampler", devices=("cuda",)),
+    Sampler("cpp", "C++ Kernel (CPU)", "src.cuda.fused_sampler", devices=("cpu",)),
 ]
 SAMPLERS = {sampler.name: sampler for sampler in _SAMPLERS}
+
+
+def names(device: str) -> list[str]:
+    """The names of the samplers that run on `device` ("cpu" or "cuda"), in table order."""
+    return [sampler.name for sampler in _SAMPLERS if device in sampler.devices]
 
 
 def get(name: str) -> Sampler:

@@ -17,7 +17,7 @@ ALLOWED = {
     "baseline": {"contract", "randomness"},
     "compiled": {"contract", "randomness"},
     "cuda": {"contract", "randomness"},
-    "samplers": {"baseline", "compiled", "cuda"},
+    "samplers": {"baseline", "compiled", "contract", "cuda"},
 }
 
 

@@ -7,10 +7,17 @@ import importlib
 
 import torch
 
-from src.contract import SamplerOutput, validate
+from src.contract import SamplerOutput, SamplerUnavailable, validate
 from src.randomness import row_uniforms
 
 BUILD_COMMAND = "cd src/cuda/csrc && python setup.py build_ext --inplace"
+
+
+def require(device: str) -> None:
+    """Raises SamplerUnavailable where the extension has no kernels for `device` here."""
+    if device == "cuda":
+        raise SamplerUnavailable("the extension has no CUDA kernels yet")
+    _operator()
 
 
 @functools.cache
@@ -18,9 +25,8 @@ def _operator():
     try:
         importlib.import_module("src.cuda.csrc.fused_rejection_C")
     except ImportError as error:
-        raise ImportError(
-            f"the C++ extension is not built for this Python and torch ({error}); run: "
-            f"{BUILD_COMMAND}"
+        raise SamplerUnavailable(
+            f"the C++ extension is not built for this Python and torch ({error})", BUILD_COMMAND
         ) from error
     return torch.ops.fused_rejection.rejection_sample.default
 
@@ -38,8 +44,8 @@ def rejection_sample(
 ) -> SamplerOutput:
     """Arguments, result and source as in src.baseline.rejection_sampler, on CPU tensors.
 
-    Raises what contract.validate does, ValueError for tensors on another device, and ImportError
-    with the build command where the extension is missing or was built for another torch.
+    Raises what contract.validate does, ValueError for tensors on another device, and
+    SamplerUnavailable where the extension is missing or was built for another torch.
     """
     shape = validate(
         draft_token_ids,
