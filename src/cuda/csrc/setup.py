@@ -1,21 +1,47 @@
-"""Builds the extension beside this file: python setup.py build_ext --inplace"""
+"""Builds the extension beside this file: python setup.py build_ext --inplace
 
+With CUDA where this torch has it and nvcc is there (CUDA_HOME, or on PATH), else the CPU kernel
+alone. nvcc compiles for the cards it finds; TORCH_CUDA_ARCH_LIST="8.0;9.0" names others.
+"""
+
+import os
 import sys
+from pathlib import Path
 
+import torch
 from setuptools import setup
-from torch.utils.cpp_extension import BuildExtension, CppExtension
+from torch.utils.cpp_extension import CUDA_HOME, BuildExtension, CppExtension, CUDAExtension
 
+NAME = "fused_rejection_C"
+BINDING, KERNELS = "fused_rejection.cpp", "fused_rejection_kernel.cu"
+EVERY_ARCHITECTURE = "8.0;8.6;9.0;12.0+PTX"
 # No contraction of a * b + c: tokens are bit-identical on every machine.
-FLAGS = (
-    ["/O2", "/std:c++20", "/fp:precise"]
+CXX_FLAGS = (
+    ["/O2", "/std:c++20", "/fp:precise", "/Zc:preprocessor"]
     if sys.platform == "win32"
     else ["-O3", "-std=c++20", "-ffp-contract=off"]
 )
+NVCC_FLAGS = ["-O3", "-std=c++20", "--fmad=false", "-lineinfo"]
 
-setup(
-    name="fused_rejection_C",
-    ext_modules=[
-        CppExtension("fused_rejection_C", ["fused_rejection.cpp"], extra_compile_args=FLAGS)
-    ],
-    cmdclass={"build_ext": BuildExtension},
-)
+
+def extension():
+    nvcc = CUDA_HOME and any(Path(CUDA_HOME, "bin").glob("nvcc*"))
+    if torch.version.cuda is None or not nvcc:
+        if torch.version.cuda is not None:
+            print(
+                f"torch has CUDA {torch.version.cuda} but nvcc was not found: building the CPU "
+                "kernel alone; install the CUDA toolkit, set CUDA_HOME to it and run this again",
+                file=sys.stderr,
+            )
+        return CppExtension(NAME, [BINDING], extra_compile_args=CXX_FLAGS)
+    if not torch.cuda.is_available():
+        os.environ.setdefault("TORCH_CUDA_ARCH_LIST", EVERY_ARCHITECTURE)
+    return CUDAExtension(
+        NAME,
+        [BINDING, KERNELS],
+        define_macros=[("WITH_CUDA", None)],
+        extra_compile_args={"cxx": CXX_FLAGS, "nvcc": NVCC_FLAGS},
+    )
+
+
+setup(name=NAME, ext_modules=[extension()], cmdclass={"build_ext": BuildExtension})

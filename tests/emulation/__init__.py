@@ -1,0 +1,99 @@
+"""The CUDA kernels on a CPU: compiled by the host's C++ compiler, run on fibers (emulation.h)."""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+import torch
+
+from src.contract import SamplerOutput, validate
+
+FOLDER = Path(__file__).resolve().parent
+CSRC = FOLDER.parent.parent / "src" / "cuda" / "csrc"
+KERNELS = ("thread-per-row", "cluster", "workspace")
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+POISON = -77
+
+
+def compiler() -> str | None:
+    """A compiler for Linux's ucontext, or None where the emulation cannot be built."""
+    return shutil.which(os.environ.get("CXX", "c++")) if sys.platform == "linux" else None
+
+
+class _Params(ctypes.Structure):
+    """struct Params of fused_rejection.h."""
+
+    _fields_ = [
+        *[(name, ctypes.c_int64) for name in ("batch_size", "spec_length", "vocab_size")],
+        ("dtype", ctypes.c_int),
+        ("ids_are_int64", ctypes.c_bool),
+        ("draft_token_ids", ctypes.c_void_p),
+        ("draft_probs", ctypes.c_void_p),
+        ("draft_row_stride", ctypes.c_int64),
+        ("draft_position_stride", ctypes.c_int64),
+        ("target_probs", ctypes.c_void_p),
+        ("target_row_stride", ctypes.c_int64),
+        ("target_position_stride", ctypes.c_int64),
+        *[(n, ctypes.c_void_p) for n in ("num_draft_tokens", "uniforms", "seeds", "offsets")],
+        ("philox_seed", ctypes.c_uint64),
+        ("philox_offset", ctypes.c_uint64),
+        ("philox_seed_pointer", ctypes.c_void_p),
+        ("philox_offset_pointer", ctypes.c_void_p),
+        ("token_ids", ctypes.c_void_p),
+        ("num_accepted", ctypes.c_void_p),
+    ]
+
+
+@functools.cache
+def _library(defines: tuple[str, ...] = ()) -> ctypes.CDLL:
+    with tempfile.TemporaryDirectory() as folder:
+        library = Path(folder) / "emulated.so"
+        flags = ["-O2", "-std=c++20", "-ffp-contract=off", "-shared", "-fPIC", "-pthread"]
+        subprocess.run(
+            [compiler(), *flags, *defines, f"-I{FOLDER}", f"-I{CSRC}"]
+            + [str(FOLDER / "emulate.cpp"), "-o", str(library)],
+            check=True,
+        )
+        return ctypes.CDLL(str(library))
+
+
+def sampler(kernel: str, blocks_per_row: int = 1, schedule: int = 0):
+    """A sampler of the contract over the emulated `kernel`, its threads in an order of its own for
+    each `schedule`. generator= stands for a Philox state of seed and offset 0."""
+
+    def rejection_sample(draft_token_ids, draft_probs, target_probs, **options):
+        shape = validate(draft_token_ids, draft_probs, target_probs, **options)
+        options.pop("generator", None)
+        small = {name: t.contiguous() for name, t in options.items() if t is not None}
+        ids = draft_token_ids.contiguous()
+        token_ids = ids.new_full((shape.batch_size, shape.spec_length + 1), POISON)
+        num_accepted = torch.full((shape.batch_size,), POISON, dtype=torch.int32)
+        params = _Params(
+            *shape,
+            dtype=DTYPES.index(target_probs.dtype),
+            ids_are_int64=ids.dtype == torch.int64,
+            draft_token_ids=ids.data_ptr(),
+            target_probs=target_probs.data_ptr(),
+            target_row_stride=target_probs.stride(0),
+            target_position_stride=target_probs.stride(1),
+            token_ids=token_ids.data_ptr(),
+            num_accepted=num_accepted.data_ptr(),
+            **{name: tensor.data_ptr() for name, tensor in small.items()},
+        )
+        if draft_probs is not None:
+            params.draft_probs = draft_probs.data_ptr()
+            params.draft_row_stride, params.draft_position_stride = draft_probs.stride()[:2]
+        status = _library().emulate(
+            ctypes.byref(params), KERNELS.index(kernel), blocks_per_row, schedule
+        )
+        assert status == 0, f"the emulated {kernel} kernel does not end"
+        return SamplerOutput(token_ids, num_accepted)
+
+    return rejection_sample

@@ -1,0 +1,262 @@
+// Enough of CUDA to run fused_rejection_kernel.cu on a CPU: a block is an OS thread, its threads are
+// fibers in random order, and blocks of a cluster run at the same time. Slow, and only for tests.
+#pragma once
+
+#include <ucontext.h>
+
+#include <algorithm>
+#include <atomic>
+#include <chrono>
+#include <cmath>
+#include <cstdlib>
+#include <cstring>
+#include <functional>
+#include <limits>
+#include <memory>
+#include <random>
+#include <stdexcept>
+#include <thread>
+#include <vector>
+
+#define __device__
+#define __global__
+#define __forceinline__ inline
+#define __launch_bounds__(...)
+#define __shared__ static thread_local
+#define FR_DYNAMIC_SHARED(type, name) type* name = ::emulation::dynamic_shared<type>()
+#define threadIdx (::emulation::fiber().thread)
+#define blockIdx (::emulation::block().index)
+#define blockDim (::emulation::block().size)
+
+namespace emulation {
+
+struct Dim {
+  unsigned x = 1;
+};
+
+struct Rendezvous {
+  int size = 0, arrived = 0;
+  uint64_t generation = 0;
+  void wait();
+};
+
+struct Warp {
+  Rendezvous meet;
+  unsigned char slots[2][32][8];
+};
+
+struct Fiber {
+  ucontext_t context;
+  Dim thread;
+  int lane = 0;
+  Warp* warp = nullptr;
+  bool done = false;
+  uint64_t cluster_generation = 0;
+};
+
+struct Cluster {
+  int threads = 0;  // of all blocks
+  std::atomic<int> arrived{0};
+  std::atomic<uint64_t> generation{0};
+  std::atomic<bool> failed{false};
+  std::vector<std::vector<float>> shared;  // of each block
+};
+
+struct Block {
+  Dim index, size;
+  int rank = 0;
+  Cluster* cluster = nullptr;
+  Rendezvous meet;
+  std::vector<Fiber> fibers;
+  std::vector<Warp> warps;
+  ucontext_t scheduler;
+  Fiber* current = nullptr;
+};
+
+inline thread_local Block* current_block = nullptr;
+inline Block& block() { return *current_block; }
+inline Fiber& fiber() { return *block().current; }
+
+inline void yield() {
+  Block& b = block();
+  swapcontext(&b.current->context, &b.scheduler);
+}
+
+inline void Rendezvous::wait() {
+  const uint64_t mine = generation;
+  if (++arrived == size) {
+    arrived = 0;
+    ++generation;
+  }
+  while (generation == mine) yield();
+}
+
+template <typename T>
+T* dynamic_shared() {
+  return reinterpret_cast<T*>(block().cluster->shared[block().rank].data());
+}
+
+template <typename T>
+T from_lane(T value, int source) {
+  static_assert(sizeof(T) <= 8);
+  Warp& warp = *fiber().warp;
+  // The other slots are written only once every lane has left this exchange.
+  auto& slots = warp.slots[warp.meet.generation & 1];
+  std::memcpy(slots[fiber().lane], &value, sizeof(T));
+  warp.meet.wait();
+  std::memcpy(&value, slots[source], sizeof(T));
+  return value;
+}
+
+inline void run_block(Block& b, const std::function<void()>& kernel, unsigned seed) {
+  static thread_local const std::function<void()>* body;
+  body = &kernel;
+  current_block = &b;
+  constexpr size_t stack_bytes = 128 * 1024;
+  std::vector<std::unique_ptr<char[]>> stacks;
+  const int threads = static_cast<int>(b.size.x);
+  b.meet.size = threads;
+  b.warps.resize(threads / 32);
+  b.fibers.resize(threads);
+  for (int t = 0; t < threads; ++t) {
+    Fiber& f = b.fibers[t];
+    f.thread.x = static_cast<unsigned>(t);
+    f.lane = t % 32;
+    f.warp = &b.warps[t / 32];
+    f.warp->meet.size = 32;
+    stacks.emplace_back(new char[stack_bytes]);
+    getcontext(&f.context);
+    f.context.uc_stack.ss_sp = stacks.back().get();
+    f.context.uc_stack.ss_size = stack_bytes;
+    f.context.uc_link = &b.scheduler;
+    makecontext(
+        &f.context,
+        +[] {
+          (*body)();
+          fiber().done = true;
+        },
+        0);
+  }
+  std::vector<Fiber*> order;
+  for (Fiber& f : b.fibers) order.push_back(&f);
+  std::mt19937 shuffle(seed);
+  const auto deadline = std::chrono::steady_clock::now() + std::chrono::seconds(60);
+  while (!order.empty()) {
+    std::shuffle(order.begin(), order.end(), shuffle);
+    for (Fiber* f : order) {
+      b.current = f;
+      swapcontext(&b.scheduler, &f->context);
+    }
+    order.erase(std::remove_if(order.begin(), order.end(), [](Fiber* f) { return f->done; }),
+                order.end());
+    if (b.cluster->failed || std::chrono::steady_clock::now() > deadline) {
+      b.cluster->failed = true;  // a deadlock: some thread left a barrier or a shuffle out
+      return;
+    }
+    std::this_thread::yield();
+  }
+}
+
+// Runs `kernel` in every thread of a grid of clusters, one cluster after the other. `shared_floats`
+// of dynamic shared memory a block start as NaN.
+inline void launch(int blocks, int threads, int cluster_size, size_t shared_floats,
+                   const std::function<void()>& kernel, unsigned seed) {
+  for (int first = 0; first < blocks; first += cluster_size) {
+    Cluster cluster;
+    cluster.threads = threads * cluster_size;
+    cluster.shared.assign(
+        cluster_size,
+        std::vector<float>(shared_floats, std::numeric_limits<float>::quiet_NaN()));
+    std::vector<Block> running(cluster_size);
+    std::vector<std::thread> workers;
+    for (int rank = 0; rank < cluster_size; ++rank) {
+      Block& b = running[rank];
+      b.index.x = static_cast<unsigned>(first + rank);
+      b.size.x = static_cast<unsigned>(threads);
+      b.rank = rank;
+      b.cluster = &cluster;
+      workers.emplace_back([&b, &kernel, seed] { run_block(b, kernel, seed + b.index.x); });
+    }
+    for (std::thread& worker : workers) worker.join();
+    if (cluster.failed) throw std::runtime_error("the emulated kernel does not end");
+  }
+}
+
+}  // namespace emulation
+
+inline void __syncthreads() { emulation::block().meet.wait(); }
+
+template <typename T>
+T __shfl_sync(unsigned, T value, int source) {
+  return emulation::from_lane(value, source);
+}
+template <typename T>
+T __shfl_xor_sync(unsigned, T value, int distance) {
+  return emulation::from_lane(value, emulation::fiber().lane ^ distance);
+}
+template <typename T>
+T __shfl_up_sync(unsigned, T value, int distance) {
+  const int lane = emulation::fiber().lane;
+  return emulation::from_lane(value, lane >= distance ? lane - distance : lane);
+}
+inline unsigned __ballot_sync(unsigned, bool predicate) {
+  // Lane 0 gathers what the others posted, and all read its word.
+  emulation::Warp& warp = *emulation::fiber().warp;
+  auto& slots = warp.slots[warp.meet.generation & 1];
+  slots[emulation::fiber().lane][0] = predicate;
+  warp.meet.wait();
+  unsigned bits = 0;
+  for (int lane = 0; lane < 32; ++lane) bits |= static_cast<unsigned>(slots[lane][0]) << lane;
+  return bits;
+}
+inline int __ffs(unsigned bits) { return __builtin_ffs(static_cast<int>(bits)); }
+inline int __clz(unsigned bits) { return bits ? __builtin_clz(bits) : 32; }
+inline float __uint_as_float(uint32_t bits) {
+  float value;
+  std::memcpy(&value, &bits, sizeof value);
+  return value;
+}
+
+namespace fused_rejection {
+namespace {
+
+inline float half_to_float(uint16_t bits) {
+  const int exponent = bits >> 10 & 31, fraction = bits & 1023;
+  float value = exponent == 31  ? (fraction ? NAN : INFINITY)
+                : exponent == 0 ? std::ldexp(fraction, -24)
+                                : std::ldexp(1024 + fraction, exponent - 25);
+  return bits & 0x8000 ? -value : value;
+}
+
+inline void cluster_arrive() {
+  emulation::Cluster& cluster = *emulation::block().cluster;
+  emulation::fiber().cluster_generation = cluster.generation;
+  if (++cluster.arrived == cluster.threads) {
+    cluster.arrived = 0;
+    ++cluster.generation;
+  }
+}
+inline void cluster_wait() {
+  emulation::Cluster& cluster = *emulation::block().cluster;
+  while (cluster.generation == emulation::fiber().cluster_generation) emulation::yield();
+}
+inline void store_to_block(float* shared, int rank, float value) {
+  auto& all = emulation::block().cluster->shared;
+  all[rank].at(shared - all[emulation::block().rank].data()) = value;
+}
+
+// The counter of cuRAND's Philox state; the words are this project's. That they are cuRAND's own is
+// tested against its headers, and on the GPU.
+struct curandStatePhilox4_32_10_t {
+  uint64_t seed, subsequence, position;
+};
+inline void curand_init(uint64_t seed, uint64_t subsequence, uint64_t position,
+                        curandStatePhilox4_32_10_t* state) {
+  *state = {seed, subsequence, position};
+}
+inline uint32_t curand(curandStatePhilox4_32_10_t* state) {
+  return philox_word(state->seed, state->subsequence, state->position++);
+}
+
+}  // namespace
+}  // namespace fused_rejection
