@@ -2,7 +2,79 @@
 
 from __future__ import annotations
 
+import pytest
 import torch
+
+from src import oracle, samplers
+
+ON_CPU = ["baseline", "vectorized", "cpp"]
+ON_CUDA = ["baseline", "vectorized", "cuda-thread-per-row", "cuda"]
+COMPILED = "vectorized-compiled"
+
+
+def on_every_device(*extra, cpu=ON_CPU, cuda=ON_CUDA):
+    """Parametrises a test by (name, device): every sampler, its CUDA cases under `-m gpu`."""
+    cpu_cases = [pytest.param(name, "cpu", id=name) for name in (*cpu, *extra)]
+    gpu = pytest.mark.gpu
+    cuda_cases = [pytest.param(n, "cuda", id=f"{n}-gpu", marks=gpu) for n in (*cuda, *extra)]
+    return pytest.mark.parametrize("name, device", cpu_cases + cuda_cases)
+
+
+def to_device(case, device):
+    return {key: value if value is None else value.to(device) for key, value in case.items()}
+
+
+def poison_allocator(device, *shapes):
+    """Leaves garbage in the memory that the next outputs are likely to get."""
+    for shape in shapes:
+        for dtype in (torch.int32, torch.int64):
+            torch.full(shape, -77, dtype=dtype, device=device)
+
+
+def check(name, device, case):
+    """Samples, holds the tokens to the oracle and the inputs to what they were."""
+    before = {key: value.clone() for key, value in case.items() if value is not None}
+    there = to_device(case, device)
+    batch_size, spec_length = case["draft_token_ids"].shape
+    poison_allocator(device, (batch_size, spec_length + 1), (batch_size,))
+    output = samplers.get(name).load(device)(**there)
+    assert output.token_ids.dtype == case["draft_token_ids"].dtype
+    assert output.num_accepted.dtype == torch.int32
+    assert output.token_ids.device.type == output.num_accepted.device.type == device
+    output = type(output)(*(tensor.cpu() for tensor in output))
+    problems = oracle.disagreements(*output, oracle.rejection_sample(**case))
+    assert not problems, "\n".join(problems)
+    for key, value in before.items():
+        assert torch.equal(value, there[key].cpu()) or value.isnan().any(), f"{key} was changed"
+    return output
+
+
+def ragged(case):
+    """The case with rows of every length, drafts that end early and ids outside the vocabulary.
+    Wants batch size 7 and spec length 5."""
+    ids = case["draft_token_ids"].clone()
+    ids[5, 1] = -1
+    ids[4, 0] = case["target_probs"].shape[2]
+    ids[3, 1] = -7
+    lengths = torch.tensor([0, 1, 2, 3, 4, 5, 9], dtype=torch.int32)
+    return {**case, "draft_token_ids": ids, "num_draft_tokens": lengths}
+
+
+def degenerate_case(vocab_size):
+    case = make_case(8, 2, vocab_size)
+    p, q = case["target_probs"], case["draft_probs"]
+    half = vocab_size // 2
+    p[0] = 0
+    p[1] = float("nan")
+    p[2] = float("inf")
+    q[3] = float("nan")
+    p[4, :2] = q[4]  # the residual is zero, and every draft is accepted
+    p[5] *= 1e-38
+    q[5] *= 1e-38  # denormals
+    p[6, :, half:] = 0
+    q[6, :, :half] = 0  # disjoint supports
+    p[7] *= 1e20
+    return case
 
 
 def make_case(batch_size, spec_length, vocab_size, *, dtype=torch.float32, scale=4.0, seed=0):

@@ -5,12 +5,13 @@ import torch
 from scipy.stats import chisquare
 
 from src import samplers
+from tests.cases import COMPILED, on_every_device
 
 DRAWS, VOCAB = 40_000, 8
 ALPHA = 1e-4
 
 
-def draw_tokens(sample):
+def draw_tokens(sample, device="cpu"):
     g = torch.Generator().manual_seed(1)
     p = torch.tensor([0.30, 0.05, 0.20, 0.02, 0.18, 0.10, 0.12, 0.03])
     q = torch.tensor([0.10, 0.25, 0.05, 0.20, 0.10, 0.10, 0.05, 0.15])
@@ -18,12 +19,13 @@ def draw_tokens(sample):
     ids = torch.multinomial(q, 2 * DRAWS, replacement=True, generator=g).reshape(DRAWS, 2)
     target = torch.stack([p, second, p]).expand(DRAWS, 3, VOCAB)
     uniforms = torch.rand(DRAWS, 3, generator=g)
-    output = sample(ids, q.expand(DRAWS, 2, VOCAB), target, uniforms=uniforms)
-    return output.token_ids, p, second
+    q = q.expand(DRAWS, 2, VOCAB)
+    output = sample(*(t.to(device) for t in (ids, q, target)), uniforms=uniforms.to(device))
+    return output.token_ids.cpu(), p, second
 
 
-def p_values(sample):
-    tokens, p, second = draw_tokens(sample)
+def p_values(sample, device="cpu"):
+    tokens, p, second = draw_tokens(sample, device)
     result = []
     for column, expected in ((0, p), (1, second)):
         emitted = tokens[:, column][tokens[:, column] >= 0]
@@ -33,18 +35,9 @@ def p_values(sample):
     return result
 
 
-@pytest.mark.parametrize("name", ["vectorized", "cpp"])
-def test_the_first_two_tokens_follow_the_target(name):
-    assert min(p_values(samplers.get(name).load())) > ALPHA
-
-
-def test_baseline_emits_the_same_draws_as_vectorized():
-    baseline, vectorized = (samplers.get(n).load() for n in ("baseline", "vectorized"))
-
-    def first_rows(*tensors, uniforms):
-        return baseline(*(t[:2000] for t in tensors), uniforms=uniforms[:2000])
-
-    assert torch.equal(draw_tokens(first_rows)[0], draw_tokens(vectorized)[0][:2000])
+@on_every_device(COMPILED)
+def test_the_first_two_tokens_follow_the_target(name, device):
+    assert min(p_values(samplers.get(name).load(device), device)) > ALPHA
 
 
 def accept_always(ids, q, p, *, uniforms):

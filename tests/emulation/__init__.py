@@ -97,3 +97,15 @@ def sampler(kernel: str, blocks_per_row: int = 1, schedule: int = 0):
         return SamplerOutput(token_ids, num_accepted)
 
     return rejection_sample
+
+
+def tile_sums(p: torch.Tensor, q: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """[tiles] float32 sums of max(p - q, 0), p and q [V] float32: the serial one and a warp's."""
+    serial, by_warp = torch.full((2, -(-p.numel() // 512)), float("nan"))
+    status = _library().emulate_tile_sums(
+        *(ctypes.c_void_p(t.data_ptr()) for t in (p, q)),
+        ctypes.c_int64(p.numel()),
+        *(ctypes.c_void_p(t.data_ptr()) for t in (serial, by_warp)),
+    )
+    assert status == 0, "the emulated tile sum does not end"
+    return serial, by_warp

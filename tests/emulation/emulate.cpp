@@ -48,3 +48,29 @@ extern "C" int emulate(const fused_rejection::Params* params, int kernel, int bl
   }
   return 0;
 }
+
+// Tile sums of one float32 row of p less q: [tiles] by the serial sum, [tiles] by a warp's.
+extern "C" int emulate_tile_sums(const float* p, const float* q, int64_t vocab_size, float* serial,
+                                 float* by_warp) {
+  using namespace fused_rejection;
+  const Row<float> row{p, q, -1};
+  const int64_t tiles = num_tiles(vocab_size);
+  for (int64_t tile = 0; tile < tiles; ++tile) {
+    serial[tile] = tile_sum([&](int m) {
+      const int64_t i = tile * kTile + m;
+      return i < vocab_size ? row(i) : 0.0f;
+    });
+  }
+  const auto sum = [&] {
+    for (int64_t tile = 0; tile < tiles; ++tile) {
+      const int lane = static_cast<int>(threadIdx.x);
+      by_warp[tile] = warp_tile_sum(row, tile, vocab_size, aligned(row), lane);
+    }
+  };
+  try {
+    emulation::launch(1, kWarp, 1, 0, sum, 0);
+  } catch (const std::exception&) {
+    return 1;
+  }
+  return 0;
+}
