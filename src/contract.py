@@ -14,6 +14,8 @@ PLACEHOLDER_TOKEN_ID = -1
 # Infinite or absurd weights count as this much, so that a sum over a row cannot overflow.
 MAX_WEIGHT = 2.0**100
 
+MAX_VOCAB_SIZE = 2**31 - 512  # indices into the vocabulary are 32-bit in the kernels
+
 PROBABILITY_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 TOKEN_DTYPES = (torch.int32, torch.int64)
 
@@ -66,8 +68,10 @@ def validate(
     batch_size, spec_length = draft_token_ids.shape
     vocab_size = target_probs.shape[2]
     _check_shape("target_probs", target_probs, (batch_size, spec_length + 1, vocab_size))
-    if vocab_size == 0:
-        raise ValueError("target_probs has vocab size 0; wanted at least 1 token")
+    if not 1 <= vocab_size <= MAX_VOCAB_SIZE:
+        raise ValueError(
+            f"target_probs has vocab size {vocab_size}; wanted 1 to {MAX_VOCAB_SIZE} tokens"
+        )
     optional = [
         ("draft_probs", draft_probs, (target_probs.dtype,), (batch_size, spec_length, vocab_size)),
         ("num_draft_tokens", num_draft_tokens, (torch.int32,), (batch_size,)),

@@ -1,9 +1,12 @@
+import ctypes
+
 import numpy as np
 import pytest
 import torch
 
 from src import philox
 from src.randomness import philox_uniforms
+from tests import emulation
 
 F = 0xFFFFFFFF
 
@@ -40,3 +43,17 @@ def test_offsets_shift_the_stream():
         assert np.array_equal(
             philox.uniforms(np.array([5]), np.array([offset]), 11)[0], long[offset : offset + 11]
         )
+
+
+@pytest.mark.skipif(
+    emulation.compiler() is None or emulation.curand_flags() is None,
+    reason="wants a C++ compiler and the headers of CUDA and of the package nvidia-curand",
+)
+def test_the_stream_is_that_of_curands_own_headers():
+    library = emulation.library("curand_words.cpp", *emulation.curand_flags())
+    words = (ctypes.c_uint32 * 11)()
+    for seed, offset in [(0, 0), (42, 3), (-5, 2**40 + 7), (2**62 + 11, 2**62 - 3)]:
+        library.curand_words(*map(ctypes.c_uint64, (seed, 0, offset)), len(words), words)
+        expected = (np.array(words, dtype=np.uint32) >> 8) * np.float32(2**-24)
+        ours = philox.uniforms(np.array([seed]), np.array([offset]), len(words))[0]
+        assert np.array_equal(ours, expected.astype(np.float32))

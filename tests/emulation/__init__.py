@@ -14,6 +14,7 @@ from pathlib import Path
 import torch
 
 from src.contract import SamplerOutput, validate
+from src.cuda.csrc.compile_check import find_nvcc, include_folders
 
 FOLDER = Path(__file__).resolve().parent
 CSRC = FOLDER.parent.parent / "src" / "cuda" / "csrc"
@@ -52,16 +53,24 @@ class _Params(ctypes.Structure):
 
 
 @functools.cache
-def _library(defines: tuple[str, ...] = ()) -> ctypes.CDLL:
+def library(source: str, *flags: str) -> ctypes.CDLL:
+    """The shared library of a C++ file of this folder."""
     with tempfile.TemporaryDirectory() as folder:
-        library = Path(folder) / "emulated.so"
-        flags = ["-O2", "-std=c++20", "-ffp-contract=off", "-shared", "-fPIC", "-pthread"]
-        subprocess.run(
-            [compiler(), *flags, *defines, f"-I{FOLDER}", f"-I{CSRC}"]
-            + [str(FOLDER / "emulate.cpp"), "-o", str(library)],
-            check=True,
-        )
-        return ctypes.CDLL(str(library))
+        path = Path(folder) / "emulated.so"
+        command = [compiler(), "-O2", "-std=c++20", "-ffp-contract=off", "-shared", "-fPIC"]
+        command += ["-pthread", f"-I{FOLDER}", f"-I{CSRC}", *flags]
+        subprocess.run([*command, str(FOLDER / source), "-o", str(path)], check=True)
+        return ctypes.CDLL(str(path))
+
+
+def curand_flags() -> list[str] | None:
+    """Where CUDA's and cuRAND's headers are, as compiler flags, or None."""
+    nvcc = find_nvcc()
+    folders = include_folders(nvcc) if nvcc else []
+    wanted = ("curand_kernel.h", "cuda_runtime.h")
+    if not all(any((folder / name).exists() for folder in folders) for name in wanted):
+        return None
+    return ["-D__device__=", *(f"-I{folder}" for folder in folders)]
 
 
 def sampler(kernel: str, blocks_per_row: int = 1, schedule: int = 0):
@@ -90,7 +99,7 @@ def sampler(kernel: str, blocks_per_row: int = 1, schedule: int = 0):
         if draft_probs is not None:
             params.draft_probs = draft_probs.data_ptr()
             params.draft_row_stride, params.draft_position_stride = draft_probs.stride()[:2]
-        status = _library().emulate(
+        status = library("emulate.cpp").emulate(
             ctypes.byref(params), KERNELS.index(kernel), blocks_per_row, schedule
         )
         assert status == 0, f"the emulated {kernel} kernel does not end"
@@ -102,7 +111,7 @@ def sampler(kernel: str, blocks_per_row: int = 1, schedule: int = 0):
 def tile_sums(p: torch.Tensor, q: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """[tiles] float32 sums of max(p - q, 0), p and q [V] float32: the serial one and a warp's."""
     serial, by_warp = torch.full((2, -(-p.numel() // 512)), float("nan"))
-    status = _library().emulate_tile_sums(
+    status = library("emulate.cpp").emulate_tile_sums(
         *(ctypes.c_void_p(t.data_ptr()) for t in (p, q)),
         ctypes.c_int64(p.numel()),
         *(ctypes.c_void_p(t.data_ptr()) for t in (serial, by_warp)),

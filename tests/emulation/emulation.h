@@ -1,5 +1,6 @@
-// Enough of CUDA to run fused_rejection_kernel.cu on a CPU: a block is an OS thread, its threads are
-// fibers in random order, and blocks of a cluster run at the same time. Slow, and only for tests.
+// Enough of CUDA to run fused_rejection_kernel.cu on a CPU: a block is an OS thread, its threads
+// are fibers in random order, and blocks of a cluster run at the same time. Slow, and only for
+// tests.
 #pragma once
 
 #include <ucontext.h>
@@ -165,8 +166,7 @@ inline void launch(int blocks, int threads, int cluster_size, size_t shared_floa
     Cluster cluster;
     cluster.threads = threads * cluster_size;
     cluster.shared.assign(
-        cluster_size,
-        std::vector<float>(shared_floats, std::numeric_limits<float>::quiet_NaN()));
+        cluster_size, std::vector<float>(shared_floats, std::numeric_limits<float>::quiet_NaN()));
     std::vector<Block> running(cluster_size);
     std::vector<std::thread> workers;
     for (int rank = 0; rank < cluster_size; ++rank) {

@@ -62,6 +62,7 @@ Arguments checked_arguments(const at::Tensor& ids, const OptionalTensor& draft_p
   const int64_t batch_size = ids.size(0), spec_length = ids.size(1);
   check(target_probs.dim() == 3 && target_probs.size(0) == batch_size &&
             target_probs.size(1) == spec_length + 1 && target_probs.size(2) > 0 &&
+            target_probs.size(2) <= kMaxVocabSize &&
             (dtype == at::kFloat || dtype == at::kBFloat16 || dtype == at::kHalf),
         "target_probs");
   const int64_t vocab_size = target_probs.size(2);
@@ -116,9 +117,9 @@ struct Row {  // the V weights that a row's last token is drawn from
 
 template <typename T>
 int64_t draw(Row<T> row, float u) {
-  const int64_t tiles = num_tiles(row.vocab_size);
+  const int tiles = num_tiles(row.vocab_size);
   std::vector<float> sums(tiles);
-  const auto sum_of = [&](int64_t tile) { return sums[tile]; };
+  const auto sum_of = [&](int tile) { return sums[tile]; };
   for (int pass = 0; pass < 2; ++pass) {
     at::parallel_for(0, tiles, 16, [&](int64_t begin, int64_t end) {
       float w[kTile];
@@ -133,9 +134,9 @@ int64_t draw(Row<T> row, float u) {
     if (tile.item >= 0) {
       float w[kTile];
       row.fill(tile.item, w);
-      const auto weight_at = [&](int64_t m) { return w[m]; };
+      const auto weight_at = [&](int m) { return w[m]; };
       sum_spans(kTile, weight_at, spans);
-      return tile.item * kTile + pick_in_spans(kTile, weight_at, spans, tile.rest).item;
+      return int64_t{tile.item} * kTile + pick_in_spans(kTile, weight_at, spans, tile.rest).item;
     }
     row.q = nullptr;  // no residual: draw from p
     row.one_hot = -1;

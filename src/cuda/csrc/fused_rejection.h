@@ -16,6 +16,7 @@ constexpr int64_t kPlaceholderTokenId = -1;
 constexpr int kTile = 512;  // indices a float32 sum runs over
 constexpr int kSpans = 32;  // a float64 sum runs over a span of tiles, or of a tile's indices
 constexpr float kMaxWeight = 0x1p100f;
+constexpr int64_t kMaxVocabSize = (int64_t{1} << 31) - kTile;
 
 enum class Dtype { kFloat32, kBFloat16, kFloat16 };
 
@@ -51,7 +52,10 @@ FR_HOST_DEVICE float weight(float p, float q) {
   return difference < kMaxWeight ? difference : kMaxWeight;
 }
 
-FR_HOST_DEVICE int64_t num_tiles(int64_t vocab_size) { return (vocab_size + kTile - 1) / kTile; }
+// Indices into a vocabulary are int: kMaxVocabSize leaves room for the last tile.
+FR_HOST_DEVICE int num_tiles(int64_t vocab_size) {
+  return static_cast<int>((vocab_size + kTile - 1) / kTile);
+}
 
 // The float32 sum of a tile's weights, w(m) for m in 0..511: w(m) + w(m + 256), then adjacent
 // pairs.
@@ -84,16 +88,16 @@ struct Spans {
 };
 
 struct Pick {
-  int64_t item;  // -1 where no item has weight
-  double rest;   // the threshold less the weight before the item
+  int item;     // -1 where no item has weight
+  double rest;  // the threshold less the weight before the item
 };
 
 template <typename Item>
-FR_HOST_DEVICE void sum_spans(int64_t count, const Item& item, Spans& spans) {
-  const int64_t length = (count + kSpans - 1) / kSpans;
+FR_HOST_DEVICE void sum_spans(int count, const Item& item, Spans& spans) {
+  const int length = (count + kSpans - 1) / kSpans;
   for (int s = 0; s < kSpans; ++s) {
     double sum = 0;
-    for (int64_t i = s * length; i < (s + 1) * length && i < count; ++i) sum += item(i);
+    for (int i = s * length; i < (s + 1) * length && i < count; ++i) sum += item(i);
     spans.sum[s] = spans.scan[s] = sum;
   }
   for (int d = 1; d < kSpans; d *= 2) {
@@ -103,14 +107,14 @@ FR_HOST_DEVICE void sum_spans(int64_t count, const Item& item, Spans& spans) {
 
 // The first item in [begin, end) whose cumulative weight exceeds `rest`; where rounding leaves
 // none, the last one with weight.
-template <typename Item>
-FR_HOST_DEVICE Pick pick_in_span(int64_t begin, int64_t end, const Item& item, double rest) {
+template <int unroll = 1, typename Item>
+FR_HOST_DEVICE Pick pick_in_span(int begin, int end, const Item& item, double rest) {
   Pick pick{-1, rest};
   double before = 0;
 #if defined(__CUDA_ARCH__)
-#pragma unroll
+#pragma unroll unroll
 #endif
-  for (int64_t i = begin; i < end; ++i) {
+  for (int i = begin; i < end; ++i) {
     const double w = item(i);
     if (!(w > 0)) continue;
     pick = {i, rest - before};
@@ -121,9 +125,9 @@ FR_HOST_DEVICE Pick pick_in_span(int64_t begin, int64_t end, const Item& item, d
 }
 
 template <typename Item>
-FR_HOST_DEVICE Pick pick_in_spans(int64_t count, const Item& item, const Spans& spans,
+FR_HOST_DEVICE Pick pick_in_spans(int count, const Item& item, const Spans& spans,
                                   double threshold) {
-  const int64_t length = (count + kSpans - 1) / kSpans;
+  const int length = (count + kSpans - 1) / kSpans;
   int chosen = -1;
   for (int s = 0; s < kSpans; ++s) {
     // A span without weight is never chosen, whatever the scan rounds to.
@@ -133,8 +137,8 @@ FR_HOST_DEVICE Pick pick_in_spans(int64_t count, const Item& item, const Spans& 
   }
   if (chosen < 0) return {-1, threshold};
   const double before = chosen ? spans.scan[chosen - 1] : 0;
-  const int64_t begin = chosen * length;
-  const int64_t end = begin + length < count ? begin + length : count;
+  const int begin = chosen * length;
+  const int end = begin + length < count ? begin + length : count;
   return pick_in_span(begin, end, item, threshold - before);
 }
 

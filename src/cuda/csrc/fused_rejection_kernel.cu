@@ -54,6 +54,13 @@ namespace {
 
 constexpr int kWarp = 32;
 constexpr int kMaxWarps = 16;
+// Blocks a multiprocessor holds, which caps the registers of a thread: ptxas spills for sm_120 at
+// the 64 that two blocks leave, and one block there already has 64 KiB of loads in flight.
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 1200
+constexpr int kResidentBlocks = 1;
+#else
+constexpr int kResidentBlocks = 2;
+#endif
 constexpr unsigned kAllLanes = 0xFFFFFFFFu;
 
 struct BFloat16 {
@@ -78,12 +85,15 @@ __device__ __forceinline__ float load(const T* pointer) {
 template <typename T>
 struct Row {
   const T* p;
-  const T* q;       // null where the draft is one-hot or nothing was rejected
-  int64_t one_hot;  // the index where q is 1, or -1
+  const T* q;   // null where the draft is one-hot or nothing was rejected
+  int one_hot;  // the index where q is 1, or -1
 
-  __device__ float operator()(int64_t i) const {
+  __device__ float operator()(int i) const {
     return weight(load(p + i), q ? load(q + i) : (i == one_hot ? 1.0f : 0.0f));
   }
+
+  // The row from an index on: the loads that follow then have constant offsets.
+  __device__ Row from(int i) const { return {p + i, q ? q + i : nullptr, one_hot - i}; }
 };
 
 // Where draft k of row b was verified, and what its residual is.
@@ -97,7 +107,7 @@ __device__ Row<T> row_at(const Params& a, int64_t b, int64_t k, int64_t rejected
     row.q =
         static_cast<const T*>(a.draft_probs) + b * a.draft_row_stride + k * a.draft_position_stride;
   } else if (rejected_id >= 0 && rejected_id < a.vocab_size) {
-    row.one_hot = rejected_id;
+    row.one_hot = static_cast<int>(rejected_id);
   }
   return row;
 }
@@ -190,23 +200,23 @@ __global__ void thread_per_row_kernel(const Params a) {
   a.num_accepted[b] = static_cast<int32_t>(accepted);
 
   const float u = uniform(a, b, a.spec_length);
-  const int64_t tiles = num_tiles(a.vocab_size);
+  const int vocab_size = static_cast<int>(a.vocab_size), tiles = num_tiles(vocab_size);
   Row<T> row = row_at<T>(a, b, accepted, rejected_id);
-  int64_t token = 0;  // where p has no mass at all
+  int token = 0;  // where p has no mass at all
   for (int pass = 0; pass < 2; ++pass) {
-    const auto sum_of_tile = [&](int64_t tile) {
+    const auto sum_of_tile = [&](int tile) {
       return tile_sum([&](int m) {
-        const int64_t i = tile * kTile + m;
-        return i < a.vocab_size ? row(i) : 0.0f;
+        const int i = tile * kTile + m;
+        return i < vocab_size ? row(i) : 0.0f;
       });
     };
     Spans spans;
     sum_spans(tiles, sum_of_tile, spans);
     const Pick tile = pick_in_spans(tiles, sum_of_tile, spans, u * spans.total());
     if (tile.item >= 0) {
-      const auto weight_at = [&](int64_t m) {
-        const int64_t i = tile.item * kTile + m;
-        return i < a.vocab_size ? row(i) : 0.0f;
+      const auto weight_at = [&](int m) {
+        const int i = tile.item * kTile + m;
+        return i < vocab_size ? row(i) : 0.0f;
       };
       sum_spans(kTile, weight_at, spans);
       token = tile.item * kTile + pick_in_spans(kTile, weight_at, spans, tile.rest).item;
@@ -239,21 +249,23 @@ __device__ __forceinline__ bool aligned(const Row<T>& row) {
 // One warp: the sum of a tile, in every lane. Lane l holds vectors l, l + 32, ... of the tile, so
 // the step w[m] + w[m + 256] and the first adjacent pairs are local to it.
 template <typename T>
-__device__ __forceinline__ float warp_tile_sum(const Row<T>& row, int64_t tile, int64_t vocab_size,
+__device__ __forceinline__ float warp_tile_sum(const Row<T>& row, int tile, int vocab_size,
                                                bool is_aligned, int lane) {
   constexpr int vector = kVector<T>, vectors = kVectors<T>;
-  const int64_t begin = tile * kTile + lane * vector;
+  const int begin = tile * kTile + lane * vector;
+  const Row<T> here = row.from(begin);
+  const int left = vocab_size - begin;
   float w[vectors][vector];
   if (is_aligned && (tile + 1) * kTile <= vocab_size) {
     Vector<T> p[vectors], q[vectors];
 #pragma unroll
     for (int j = 0; j < vectors; ++j) {
-      p[j] = *reinterpret_cast<const Vector<T>*>(row.p + begin + j * kWarp * vector);
+      p[j] = *reinterpret_cast<const Vector<T>*>(here.p + j * kWarp * vector);
     }
-    if (row.q) {
+    if (here.q) {
 #pragma unroll
       for (int j = 0; j < vectors; ++j) {
-        q[j] = *reinterpret_cast<const Vector<T>*>(row.q + begin + j * kWarp * vector);
+        q[j] = *reinterpret_cast<const Vector<T>*>(here.q + j * kWarp * vector);
       }
 #pragma unroll
       for (int j = 0; j < vectors; ++j) {
@@ -267,8 +279,8 @@ __device__ __forceinline__ float warp_tile_sum(const Row<T>& row, int64_t tile, 
       for (int j = 0; j < vectors; ++j) {
 #pragma unroll
         for (int e = 0; e < vector; ++e) {
-          const int64_t i = begin + j * kWarp * vector + e;
-          w[j][e] = weight(to_float(p[j].value[e]), i == row.one_hot ? 1.0f : 0.0f);
+          const int i = j * kWarp * vector + e;
+          w[j][e] = weight(to_float(p[j].value[e]), i == here.one_hot ? 1.0f : 0.0f);
         }
       }
     }
@@ -277,8 +289,8 @@ __device__ __forceinline__ float warp_tile_sum(const Row<T>& row, int64_t tile, 
     for (int j = 0; j < vectors; ++j) {
 #pragma unroll
       for (int e = 0; e < vector; ++e) {
-        const int64_t i = begin + j * kWarp * vector + e;
-        w[j][e] = i < vocab_size ? row(i) : 0.0f;
+        const int i = j * kWarp * vector + e;
+        w[j][e] = i < left ? here(i) : 0.0f;
       }
     }
   }
@@ -322,32 +334,33 @@ __device__ __forceinline__ Pick warp_pick(double sum, const ThresholdOf& thresho
   return {__shfl_sync(kAllLanes, pick.item, chosen), __shfl_sync(kAllLanes, pick.rest, chosen)};
 }
 
-__device__ __forceinline__ Pick warp_pick_tile(const float* sums, int64_t tiles, float u,
-                                               int lane) {
-  const int64_t length = (tiles + kSpans - 1) / kSpans;
-  const int64_t begin = lane * length < tiles ? lane * length : tiles;
-  const int64_t end = begin + length < tiles ? begin + length : tiles;
+__device__ __forceinline__ Pick warp_pick_tile(const float* sums, int tiles, float u, int lane) {
+  const int length = (tiles + kSpans - 1) / kSpans;
+  const int begin = lane * length < tiles ? lane * length : tiles;
+  const int end = begin + length < tiles ? begin + length : tiles;
   double sum = 0;
-  for (int64_t i = begin; i < end; ++i) sum += sums[i];
+  for (int i = begin; i < end; ++i) sum += sums[i];
   const auto pick_here = [&](double rest) {
-    return pick_in_span(begin, end, [&](int64_t i) { return sums[i]; }, rest);
+    return pick_in_span(begin, end, [&](int i) { return sums[i]; }, rest);
   };
   return warp_pick(sum, [&](double total) { return u * total; }, pick_here, lane);
 }
 
 template <typename T>
-__device__ __forceinline__ int64_t warp_pick_token(const Row<T>& row, const Pick& tile,
-                                                   int64_t vocab_size, int lane) {
+__device__ __forceinline__ int warp_pick_token(const Row<T>& row, const Pick& tile, int vocab_size,
+                                               int lane) {
   constexpr int length = kTile / kSpans;
-  const int64_t begin = tile.item * kTile + lane * length;
+  const int begin = tile.item * kTile + lane * length;
+  const Row<T> here = row.from(begin);
+  const int left = vocab_size - begin;
   float w[length];
 #pragma unroll
-  for (int i = 0; i < length; ++i) w[i] = begin + i < vocab_size ? row(begin + i) : 0.0f;
+  for (int i = 0; i < length; ++i) w[i] = i < left ? here(i) : 0.0f;
   double sum = 0;
 #pragma unroll
   for (int i = 0; i < length; ++i) sum += w[i];
   const auto pick_here = [&](double rest) {
-    Pick pick = pick_in_span(0, length, [&](int64_t i) { return w[i]; }, rest);
+    Pick pick = pick_in_span<length>(0, length, [&](int i) { return w[i]; }, rest);
     pick.item += begin;
     return pick;
   };
@@ -376,7 +389,7 @@ __device__ __forceinline__ int64_t warp_decide(const Params& a, int64_t b, int l
 enum class Step { kInCluster, kSum, kSelect };
 
 template <typename T, Step step>
-__global__ void __launch_bounds__(kMaxWarps* kWarp, 2)
+__global__ void __launch_bounds__(kMaxWarps* kWarp, kResidentBlocks)
     fused_kernel(const Params a, int blocks_per_row, float* workspace) {
   // A copy of the row's tile sums for each block: no block waits for another's reads.
   FR_DYNAMIC_SHARED(float, shared_sums);  // [2][tiles] in a cluster
@@ -389,7 +402,7 @@ __global__ void __launch_bounds__(kMaxWarps* kWarp, 2)
   const int lane = threadIdx.x % kWarp, warp = threadIdx.x / kWarp, warps = blockDim.x / kWarp;
   const int64_t b = blockIdx.x / blocks_per_row;
   const int rank = blockIdx.x % blocks_per_row;
-  const int64_t tiles = num_tiles(a.vocab_size);
+  const int vocab_size = static_cast<int>(a.vocab_size), tiles = num_tiles(vocab_size);
   if (warp == 0) {
     const float u = uniform(a, b, a.spec_length);
     Row<T> row;
@@ -418,8 +431,8 @@ __global__ void __launch_bounds__(kMaxWarps* kWarp, 2)
     float* sums = step == Step::kInCluster ? shared_sums + pass * tiles : workspace + b * tiles;
     if (step != Step::kSelect || pass > 0) {
       const bool is_aligned = aligned(row);
-      for (int64_t tile = rank * warps + warp; tile < tiles; tile += warps * blocks_per_row) {
-        const float sum = warp_tile_sum(row, tile, a.vocab_size, is_aligned, lane);
+      for (int tile = rank * warps + warp; tile < tiles; tile += warps * blocks_per_row) {
+        const float sum = warp_tile_sum(row, tile, vocab_size, is_aligned, lane);
         if (step == Step::kInCluster) {
           if (lane < blocks_per_row) store_to_block(sums + tile, lane, sum);
         } else if (lane == 0) {
@@ -440,7 +453,7 @@ __global__ void __launch_bounds__(kMaxWarps* kWarp, 2)
       if (tile.item >= 0) {
         // The block that summed the tile finds it in its own L1.
         if (tile.item / warps % blocks_per_row == rank) {
-          const int64_t token = warp_pick_token(row, tile, a.vocab_size, lane);
+          const int token = warp_pick_token(row, tile, vocab_size, lane);
           if (lane == 0) store_token(a, b, accepted, token);
         }
       } else if (pass == 1 && rank == 0 && lane == 0) {

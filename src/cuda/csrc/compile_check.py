@@ -1,0 +1,110 @@
+"""Compiles the kernels for several architectures, without a card, and prints what they use.
+
+    python src/cuda/csrc/compile_check.py [8.0 8.6 ...]
+
+Fails where a fast kernel spills registers. Wants nvcc, and cuRAND's headers from the CUDA toolkit
+or from the PyPI package nvidia-curand.
+"""
+
+import os
+import re
+import shutil
+import subprocess
+import sys
+import sysconfig
+import tempfile
+from pathlib import Path
+
+HERE = Path(__file__).resolve().parent
+ARCHITECTURES = ["8.0", "8.6", "9.0", "12.0"]
+FAST = "fused_kernel"
+STEPS = {"0": "in cluster", "1": "sum", "2": "select"}
+DTYPES = {"f": "float32", "8BFloat16": "bfloat16", "7Float16": "float16"}
+# One entry function's report.
+REPORT = re.compile(
+    r"Compiling entry function '(?P<name>\w+)'.*?"
+    r"(?P<stack>\d+) bytes stack frame, (?P<stores>\d+) bytes spill stores, "
+    r"(?P<loads>\d+) bytes spill loads.*?Used (?P<registers>\d+) registers",
+    re.DOTALL,
+)
+
+
+def find_nvcc() -> str | None:
+    home = os.environ.get("CUDA_HOME")
+    return shutil.which("nvcc", path=str(Path(home, "bin")) if home else None)
+
+
+def include_folders(nvcc: str) -> list[Path]:
+    """CUDA's headers, which nvcc itself finds wherever it is a script or a link to, and PyPI's."""
+    source = Path(tempfile.gettempdir(), "empty.cu")
+    source.touch()
+    command = [nvcc, "--dryrun", "-c", str(source)]
+    report = subprocess.run(command, capture_output=True, text=True).stderr
+    top = re.search(r"TOP=(.*)", report)
+    folders = [*Path(sysconfig.get_path("purelib"), "nvidia").glob("*/include")]
+    return folders + ([Path(top[1].strip(), "include")] if top else [])
+
+
+def main() -> int:
+    nvcc = find_nvcc()
+    if nvcc is None:
+        print("nvcc was not found: the CUDA kernels were not compiled")
+        return 0
+    includes = [f"-I{folder}" for folder in include_folders(nvcc)]
+    if not binding_compiles(nvcc):
+        return 1
+    spilled = False
+    for architecture in sys.argv[1:] or ARCHITECTURES:
+        number = architecture.replace(".", "")
+        target = f"-gencode=arch=compute_{number},code=sm_{number}"
+        with tempfile.TemporaryDirectory() as folder:
+            result = subprocess.run(
+                [nvcc, "-c", "-O3", "-std=c++20", "--fmad=false", "-Xptxas=-v", target, *includes]
+                + [str(HERE / "fused_rejection_kernel.cu"), "-o", str(Path(folder, "kernel.o"))],
+                capture_output=True,
+                text=True,
+            )
+        log = result.stdout + result.stderr
+        if result.returncode != 0:
+            print(log)
+            return result.returncode
+        for kernel in REPORT.finditer(log):
+            spills = int(kernel["stores"]) + int(kernel["loads"])
+            print(
+                f"sm_{number:4} {describe(kernel['name']):40} {kernel['registers']:>4} registers"
+                f" {kernel['stack']:>5} B stack {spills:>5} B spilled"
+            )
+            spilled |= FAST in kernel["name"] and spills > 0
+    if spilled:
+        print(f"a {FAST} spills registers", file=sys.stderr)
+    return int(spilled)
+
+
+def describe(mangled: str) -> str:
+    kernel = FAST if FAST in mangled else "thread_per_row_kernel"
+    dtype = DTYPES[re.search(kernel + r"I(?:NS0_)?(8BFloat16|7Float16|f)", mangled)[1]]
+    step = re.search(r"StepE(\d)", mangled)
+    return f"{kernel}, {dtype}" + (f", {STEPS[step[1]]}" if step else "")
+
+
+def binding_compiles(nvcc: str) -> bool:
+    """The binding's CUDA half against torch's headers, which a CPU build of torch has as well, but
+    for one file that CMake writes."""
+    from torch.utils.cpp_extension import include_paths
+
+    compiler = shutil.which(os.environ.get("CXX", "c++"))
+    if compiler is None:
+        return True
+    folders = [*include_paths(), *include_folders(nvcc)]
+    with tempfile.TemporaryDirectory() as stub:
+        macros = Path(stub, "c10", "cuda", "impl", "cuda_cmake_macros.h")
+        macros.parent.mkdir(parents=True)
+        macros.write_text("#pragma once\n")
+        includes = ["-isystem" + str(folder) for folder in [*folders, stub]]
+        includes.append("-I" + sysconfig.get_path("include"))
+        command = [compiler, "-fsyntax-only", "-std=c++20", "-Wall", "-DWITH_CUDA", *includes]
+        return subprocess.run([*command, str(HERE / "fused_rejection.cpp")]).returncode == 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,143 @@
+"""What only a CUDA card can show: launches, streams, graphs, large tensors, and the C++ kernel's
+tokens bit for bit."""
+
+import pytest
+import torch
+
+from src import oracle, philox, samplers
+from src.contract import SamplerOutput
+from tests.cases import make_case, poison_allocator, ragged, to_device
+
+pytestmark = pytest.mark.gpu
+KERNELS = ["cuda", "cuda-thread-per-row"]
+
+
+def planned(exchange, blocks_per_row):
+    def sample(draft_token_ids, draft_probs, target_probs, **options):
+        names = ("num_draft_tokens", "uniforms", "seeds", "offsets", "generator")
+        return SamplerOutput(
+            *torch.ops.fused_rejection.rejection_sample_planned(
+                draft_token_ids,
+                draft_probs,
+                target_probs,
+                *(options.get(name) for name in names),
+                exchange,
+                blocks_per_row,
+            )
+        )
+
+    return sample
+
+
+def plans():
+    result = [("workspace", blocks) for blocks in (1, 2, 5, 32)]
+    if torch.cuda.is_available() and torch.cuda.get_device_capability()[0] >= 9:
+        result += [("cluster", blocks) for blocks in (1, 2, 4, 8)]
+    return result
+
+
+@pytest.mark.parametrize("vocab_size", [1, 100, 512, 1000, 32003, 50257, 128256, 1_000_003])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+def test_every_launch_emits_the_cpp_kernels_tokens_bit_for_bit(vocab_size, dtype):
+    case = make_case(3, 4, vocab_size, dtype=dtype)
+    expected = samplers.get("cpp").load("cpu")(**case)
+    there = to_device(case, "cuda")
+    launches = [samplers.get(name).load("cuda") for name in KERNELS]
+    launches += [planned(*plan) for plan in plans()]
+    for sample in launches:
+        poison_allocator("cuda", (3, 5), (3,))
+        for ours, cpp in zip(sample(**there), expected, strict=True):
+            assert torch.equal(ours.cpu(), cpp)
+
+
+@pytest.mark.parametrize("name", KERNELS)
+def test_the_device_draws_curands_stream_bit_for_bit(name):
+    # With q = 1, p = u rejects and the next float of the 24-bit grid accepts: together they pin u.
+    rows, count = 4096, 4
+    seeds, offsets = torch.arange(rows) * 2**31 - 77, torch.arange(rows) * 5 + 2**40
+    u = torch.from_numpy(philox.uniforms(seeds.numpy(), offsets.numpy(), count + 1))
+    sample = samplers.get(name).load("cuda")
+    ids = torch.zeros(rows, count, dtype=torch.int64, device="cuda")
+    q = torch.ones(rows, count, 2, device="cuda")
+    for step, accepted in ((0.0, 0), (2**-24, count)):
+        p = torch.stack([u + step, torch.zeros_like(u)], dim=-1).cuda()
+        output = sample(ids, q, p, seeds=seeds.cuda(), offsets=offsets.cuda())
+        assert (output.num_accepted == accepted).all()
+
+
+@pytest.mark.parametrize("name", KERNELS)
+def test_graph_replays_draw_fresh_numbers_and_match_eager(name):
+    case = to_device(make_case(16, 4, 5000), "cuda")
+    del case["uniforms"]
+    sample = samplers.get(name).load("cuda")
+    sample(**case)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        output = sample(**case)
+    replayed = []
+    torch.manual_seed(3)
+    for _ in range(3):
+        graph.replay()
+        replayed.append(output.token_ids.clone())
+    torch.manual_seed(3)
+    eager = [sample(**case).token_ids for _ in range(3)]
+    for ours, theirs in zip(replayed, eager, strict=True):
+        assert torch.equal(ours, theirs)
+    assert not torch.equal(replayed[0], replayed[1])
+
+
+@pytest.mark.parametrize("name", ["vectorized", *KERNELS])
+def test_no_call_synchronises_with_the_host(name):
+    case = to_device(ragged(make_case(7, 5, 1000)), "cuda")
+    sample = samplers.get(name).load("cuda")
+    sample(**case)
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        sample(**case)
+        sample(**{**case, "draft_probs": None})
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+
+
+@pytest.mark.parametrize("exchange", ["auto", "workspace"])
+def test_interleaved_streams_each_get_their_own_tokens(exchange):
+    shapes = [(1, 8, 128256), (16, 4, 32000), (5, 2, 1000), (64, 1, 512)]
+    cases = [make_case(*shape, seed=i) for i, shape in enumerate(shapes)]
+    expected = [samplers.get("cpp").load("cpu")(**case).token_ids for case in cases]
+    there = [to_device(case, "cuda") for case in cases]
+    sample = planned(exchange, 0)
+    streams = [torch.cuda.Stream() for _ in range(2)]
+    torch.cuda.synchronize()
+    outputs = []
+    for call in range(400):
+        which = (call * 7 + call // 5) % len(cases)
+        with torch.cuda.stream(streams[call % 2]):
+            outputs.append((which, sample(**there[which]).token_ids))
+    torch.cuda.synchronize()
+    for which, tokens in outputs:
+        assert torch.equal(tokens.cpu(), expected[which])
+
+
+def test_more_than_two_to_the_31_elements():
+    batch_size, spec_length, vocab_size = 160, 8, 1_500_032
+    if torch.cuda.mem_get_info()[0] < 12e9:
+        pytest.skip("wants 12 GB of free device memory")
+    p = torch.zeros((batch_size, spec_length + 1, vocab_size), dtype=torch.bfloat16, device="cuda")
+    assert p.numel() > 2**31
+    last = vocab_size - 1 - torch.arange(batch_size, device="cuda")
+    p[torch.arange(batch_size), :, last] = 1.0
+    ids = last[:, None].expand(batch_size, spec_length)
+    uniforms = torch.rand(batch_size, spec_length + 1, device="cuda")
+    for name in KERNELS:
+        output = samplers.get(name).load("cuda")(ids, None, p, uniforms=uniforms)
+        assert (output.token_ids == last[:, None]).all(), name
+
+
+def test_a_second_device_is_used_where_the_tensors_are():
+    if torch.cuda.device_count() < 2:
+        pytest.skip("wants two CUDA devices")
+    case = make_case(3, 4, 1000)
+    output = samplers.get("cuda").load("cuda")(**to_device(case, "cuda:1"))
+    assert output.token_ids.device == torch.device("cuda:1")
+    tokens = (tensor.cpu() for tensor in output)
+    assert not oracle.disagreements(*tokens, oracle.rejection_sample(**case))

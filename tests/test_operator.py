@@ -1,0 +1,88 @@
+"""The extension as a PyTorch operator: schema, fake kernel, torch.compile, missing builds."""
+
+import subprocess
+import sys
+
+import pytest
+import torch
+
+from src import samplers
+from src.cuda import fused_sampler
+from tests.cases import make_case, on_every_device, ragged, to_device
+
+OPERATORS = {
+    "cpp": "rejection_sample",
+    "cuda": "rejection_sample",
+    "cuda-thread-per-row": "rejection_sample_thread_per_row",
+}
+on_every_extension = on_every_device(cpu=["cpp"], cuda=["cuda", "cuda-thread-per-row"])
+
+
+def positional(case):
+    names = ("draft_token_ids", "draft_probs", "target_probs", "num_draft_tokens", "uniforms")
+    return (*(case.get(name) for name in names), None, None, None)
+
+
+@on_every_extension
+def test_opcheck_passes(name, device):
+    operator = getattr(torch.ops.fused_rejection, OPERATORS[name]).default
+    for case in (make_case(3, 4, 600), ragged(make_case(7, 5, 100, dtype=torch.bfloat16))):
+        torch.library.opcheck(operator, positional(to_device(case, device)))
+
+
+@on_every_extension
+def test_a_compiled_caller_gets_the_eager_tokens_without_a_graph_break(name, device):
+    sample = samplers.get(name).load(device)
+
+    def step(ids, q, logits, uniforms):
+        output = sample(ids, q, logits.softmax(-1), uniforms=uniforms)
+        return output.token_ids + 1, output.num_accepted
+
+    case = to_device(make_case(3, 4, 600), device)
+    arguments = (case["draft_token_ids"], case["draft_probs"], case["target_probs"].log())
+    compiled = torch.compile(step, fullgraph=True, backend="aot_eager")
+    for ours, eager in zip(
+        compiled(*arguments, case["uniforms"]), step(*arguments, case["uniforms"]), strict=True
+    ):
+        assert torch.equal(ours, eager)
+
+
+@on_every_extension
+def test_a_bad_argument_gets_the_contracts_sentence(name, device):
+    sample = samplers.get(name).load(device)
+    case = to_device(make_case(2, 3, 10), device)
+    bad = {
+        "draft_probs": case["draft_probs"][:, :, :9],
+        "uniforms": case["uniforms"].double(),
+        "num_draft_tokens": torch.zeros(3, dtype=torch.int32, device=device),
+        "seeds": torch.zeros(2, dtype=torch.int64, device=device),
+        "target_probs": case["target_probs"].double(),
+        "draft_token_ids": case["draft_token_ids"].float(),
+    }
+    for argument, value in bad.items():
+        with pytest.raises((TypeError, ValueError), match=rf"^{argument} .*; wanted"):
+            sample(**{**case, argument: value})
+    with pytest.raises(TypeError, match="target_probs is a list; wanted a torch.Tensor"):
+        sample(**{**case, "target_probs": [0.5]})
+
+
+def test_a_sampler_that_cannot_run_here_says_why_and_what_mends_it(monkeypatch):
+    with pytest.raises(samplers.SamplerUnavailable, match="cpp runs on cpu, not on cuda"):
+        samplers.get("cpp").load("cuda")
+    if not torch.cuda.is_available():
+        with pytest.raises(samplers.SamplerUnavailable, match="CUDA") as error:
+            samplers.get("cuda").load("cuda")
+        assert error.value.command
+    monkeypatch.setattr(fused_sampler, "_MODULE", None)
+    monkeypatch.setattr(fused_sampler, "_REASON", "the extension was built for torch 1.0.0")
+    with pytest.raises(samplers.SamplerUnavailable, match="torch 1.0.0") as error:
+        samplers.get("cpp").load("cpu")
+    assert "setup.py build_ext --inplace" in error.value.command
+
+
+def test_importing_everything_never_initialises_cuda():
+    code = (
+        "import torch; from src import samplers; from src.cuda import fused_sampler\n"
+        "assert not torch.cuda.is_initialized()"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True)
