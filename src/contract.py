@@ -68,33 +68,93 @@ def validate(
     batch_size, spec_length = draft_token_ids.shape
     vocab_size = target_probs.shape[2]
     _check_shape("target_probs", target_probs, (batch_size, spec_length + 1, vocab_size))
-    if not 1 <= vocab_size <= MAX_VOCAB_SIZE:
-        raise ValueError(
-            f"target_probs has vocab size {vocab_size}; wanted 1 to {MAX_VOCAB_SIZE} tokens"
-        )
-    optional = [
-        ("draft_probs", draft_probs, (target_probs.dtype,), (batch_size, spec_length, vocab_size)),
-        ("num_draft_tokens", num_draft_tokens, (torch.int32,), (batch_size,)),
+    dtype = (target_probs.dtype,)
+    _check_together(
+        target_probs,
+        [
+            ("draft_token_ids", draft_token_ids, TOKEN_DTYPES, (batch_size, spec_length)),
+            ("draft_probs", draft_probs, dtype, (batch_size, spec_length, vocab_size)),
+            ("num_draft_tokens", num_draft_tokens, (torch.int32,), (batch_size,)),
+            *_randomness(batch_size, spec_length, uniforms, seeds, offsets),
+        ],
+    )
+    _check_one_source(uniforms, seeds, offsets, generator)
+    return Shape(batch_size, spec_length, vocab_size)
+
+
+def validate_flattened(
+    draft_token_ids: torch.Tensor,
+    cu_num_draft_tokens: torch.Tensor,
+    draft_probs: torch.Tensor | None,
+    target_probs: torch.Tensor,
+    bonus_probs: torch.Tensor,
+    max_spec_length: int,
+    *,
+    uniforms: torch.Tensor | None = None,
+    seeds: torch.Tensor | None = None,
+    offsets: torch.Tensor | None = None,
+    generator: torch.Generator | None = None,
+) -> Shape:
+    """validate for the flattened ragged layout of rejection_sample_flattened; K is
+    max_spec_length. Raises as validate does."""
+    _check("draft_token_ids", draft_token_ids, TOKEN_DTYPES, ndim=1)
+    _check("cu_num_draft_tokens", cu_num_draft_tokens, (torch.int32,), ndim=1)
+    _check("target_probs", target_probs, PROBABILITY_DTYPES, ndim=2)
+    if not isinstance(max_spec_length, int) or max_spec_length < 0:
+        raise ValueError(f"max_spec_length is {max_spec_length!r}; wanted an int of 0 or more")
+    total, batch_size = len(draft_token_ids), len(cu_num_draft_tokens)
+    vocab_size = target_probs.shape[1]
+    dtype = (target_probs.dtype,)
+    _check_together(
+        target_probs,
+        [
+            ("target_probs", target_probs, dtype, (total, vocab_size)),
+            ("draft_token_ids", draft_token_ids, TOKEN_DTYPES, (total,)),
+            ("cu_num_draft_tokens", cu_num_draft_tokens, (torch.int32,), (batch_size,)),
+            ("draft_probs", draft_probs, dtype, (total, vocab_size)),
+            ("bonus_probs", bonus_probs, dtype, (batch_size, vocab_size)),
+            *_randomness(batch_size, max_spec_length, uniforms, seeds, offsets),
+        ],
+    )
+    _check_one_source(uniforms, seeds, offsets, generator)
+    return Shape(batch_size, max_spec_length, vocab_size)
+
+
+def _randomness(batch_size, spec_length, uniforms, seeds, offsets):
+    return [
         ("uniforms", uniforms, (torch.float32,), (batch_size, spec_length + 1)),
         ("seeds", seeds, (torch.int64,), (batch_size,)),
         ("offsets", offsets, (torch.int64,), (batch_size,)),
     ]
-    for name, tensor, dtypes, shape in optional:
+
+
+def _check_together(target_probs, rest) -> None:
+    vocab_size = target_probs.shape[-1]
+    if not 1 <= vocab_size <= MAX_VOCAB_SIZE:
+        raise ValueError(
+            f"target_probs has vocab size {vocab_size}; wanted 1 to {MAX_VOCAB_SIZE} tokens"
+        )
+    for name, tensor, dtypes, shape in rest:
         if tensor is not None:
             _check(name, tensor, dtypes, ndim=len(shape))
             _check_shape(name, tensor, shape)
-    for name, tensor in (("draft_probs", draft_probs), ("target_probs", target_probs)):
-        if tensor is not None and tensor.numel() and vocab_size > 1 and tensor.stride(-1) != 1:
-            raise ValueError(
-                f"{name} has stride {tensor.stride(-1)} along the vocabulary; wanted 1: "
-                f"call {name}.contiguous()"
-            )
-    for name, tensor in [("draft_token_ids", draft_token_ids)] + [o[:2] for o in optional]:
-        if tensor is not None and tensor.device != target_probs.device:
+    for name, tensor in [("target_probs", target_probs), *(entry[:2] for entry in rest)]:
+        if tensor is None:
+            continue
+        if name.endswith("_probs") and tensor.numel() and vocab_size > 1:
+            if tensor.stride(-1) != 1:
+                raise ValueError(
+                    f"{name} has stride {tensor.stride(-1)} along the vocabulary; wanted 1: "
+                    f"call {name}.contiguous()"
+                )
+        if tensor.device != target_probs.device:
             raise ValueError(
                 f"{name} is on {tensor.device} and target_probs on {target_probs.device}; "
                 "wanted one device"
             )
+
+
+def _check_one_source(uniforms, seeds, offsets, generator) -> None:
     if (seeds is None) != (offsets is None):
         missing, given = ("seeds", "offsets") if seeds is None else ("offsets", "seeds")
         raise ValueError(f"{given} came without {missing}; wanted both or neither")
@@ -105,7 +165,6 @@ def validate(
     ]
     if len(sources) > 1:
         raise ValueError(f"{' and '.join(sources)} were given; wanted one source of randomness")
-    return Shape(batch_size, spec_length, vocab_size)
 
 
 def _check(name: str, tensor: torch.Tensor, dtypes: tuple[torch.dtype, ...], ndim: int) -> None:

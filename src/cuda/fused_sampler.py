@@ -9,7 +9,7 @@ from pathlib import Path
 
 import torch
 
-from src.contract import SamplerOutput, SamplerUnavailable, validate
+from src.contract import SamplerOutput, SamplerUnavailable, validate, validate_flattened
 
 BUILD_COMMAND = "cd src/cuda/csrc && python setup.py build_ext --inplace"
 _EXTENSION = "src.cuda.csrc.fused_rejection_C"
@@ -76,34 +76,49 @@ def _missing(*_arguments):
 def _register_fakes() -> None:
     # torch.compile and torch.export trace with tensors that have no data: they need the outputs'
     # shapes, and bad arguments must fail there with the same sentences.
-    def fake(ids, draft_probs, target_probs, num_draft_tokens, uniforms, seeds, offsets, generator):
-        shape = validate(
-            ids,
-            draft_probs,
-            target_probs,
-            num_draft_tokens=num_draft_tokens,
-            uniforms=uniforms,
-            seeds=seeds,
-            offsets=offsets,
-            generator=generator,
-        )
+    def outputs(ids, shape):
         token_ids = ids.new_empty((shape.batch_size, shape.spec_length + 1))
         return token_ids, ids.new_empty((shape.batch_size,), dtype=torch.int32)
 
-    def fake_planned(*arguments):
-        return fake(*arguments[:8])
+    def fake(*arguments):
+        return outputs(arguments[0], _validate(*arguments[:8]))
 
-    torch.library.register_fake("fused_rejection::rejection_sample", fake)
-    torch.library.register_fake("fused_rejection::rejection_sample_thread_per_row", fake)
-    torch.library.register_fake("fused_rejection::rejection_sample_planned", fake_planned)
+    def fake_out(*arguments):
+        _validate(*arguments[:8])
+
+    def fake_flattened(*arguments):
+        return outputs(arguments[0], _validate_flattened(*arguments))
+
+    for name, function in {
+        "rejection_sample": fake,
+        "rejection_sample_out": fake_out,
+        "rejection_sample_thread_per_row": fake,
+        "rejection_sample_planned": fake,
+        "rejection_sample_flattened": fake_flattened,
+    }.items():
+        torch.library.register_fake(f"fused_rejection::{name}", function)
 
 
+def _validate(ids, draft_probs, target_probs, num_draft_tokens, *randomness):
+    options = dict(zip(_RANDOMNESS, randomness, strict=True))
+    return validate(ids, draft_probs, target_probs, num_draft_tokens=num_draft_tokens, **options)
+
+
+def _validate_flattened(*arguments):
+    options = dict(zip(_RANDOMNESS, arguments[6:], strict=True))
+    return validate_flattened(*arguments[:6], **options)
+
+
+_RANDOMNESS = ("uniforms", "seeds", "offsets", "generator")
 if _MODULE is None:
-    _SAMPLE = _THREAD_PER_ROW = _missing
+    _SAMPLE = _SAMPLE_OUT = _THREAD_PER_ROW = _FLATTENED = _missing
 else:
     _register_fakes()
-    _SAMPLE = torch.ops.fused_rejection.rejection_sample.default
-    _THREAD_PER_ROW = torch.ops.fused_rejection.rejection_sample_thread_per_row.default
+    _operators = torch.ops.fused_rejection
+    _SAMPLE = _operators.rejection_sample.default
+    _SAMPLE_OUT = _operators.rejection_sample_out.default
+    _THREAD_PER_ROW = _operators.rejection_sample_thread_per_row.default
+    _FLATTENED = _operators.rejection_sample_flattened.default
 
 
 def rejection_sample(
@@ -116,8 +131,11 @@ def rejection_sample(
     seeds: torch.Tensor | None = None,
     offsets: torch.Tensor | None = None,
     generator: torch.Generator | None = None,
+    out: SamplerOutput | None = None,
 ) -> SamplerOutput:
     """Arguments, result, errors and source as in src.baseline.rejection_sampler.
+
+    out: contiguous token_ids [B, K+1] and num_accepted [B], written in place of new tensors.
 
     On CUDA tensors the fast kernel runs on the current stream, without a synchronisation; it can be
     captured in a CUDA graph, whose replays draw fresh numbers from a generator, and traced by
@@ -125,7 +143,53 @@ def rejection_sample(
     uniforms or seeds. Raises SamplerUnavailable where the extension is missing.
     """
     arguments = (draft_token_ids, draft_probs, target_probs, num_draft_tokens)
-    return _call(_SAMPLE, *arguments, uniforms, seeds, offsets, generator)
+    arguments += (uniforms, seeds, offsets, generator)
+    if out is None:
+        return SamplerOutput(*_call(_SAMPLE, _validate, arguments))
+    try:
+        _call(_SAMPLE_OUT, _validate, arguments, *out)
+    except ValueError as error:
+        if str(error).startswith("out "):
+            shape = _validate(*arguments)
+            raise ValueError(
+                f"out has token_ids {list(out[0].shape)} {out[0].dtype} and num_accepted "
+                f"{list(out[1].shape)} {out[1].dtype}; wanted contiguous tensors on "
+                f"{target_probs.device}: [{shape.batch_size}, {shape.spec_length + 1}] "
+                f"{draft_token_ids.dtype} and [{shape.batch_size}] torch.int32"
+            ) from error
+        raise
+    return SamplerOutput(*out)
+
+
+def rejection_sample_flattened(
+    draft_token_ids: torch.Tensor,
+    cu_num_draft_tokens: torch.Tensor,
+    draft_probs: torch.Tensor | None,
+    target_probs: torch.Tensor,
+    bonus_probs: torch.Tensor,
+    max_spec_length: int,
+    *,
+    uniforms: torch.Tensor | None = None,
+    seeds: torch.Tensor | None = None,
+    offsets: torch.Tensor | None = None,
+    generator: torch.Generator | None = None,
+) -> SamplerOutput:
+    """rejection_sample on vLLM's flattened ragged layout, without padding or copying it.
+
+    Request b's drafts are cu_num_draft_tokens[b - 1] to cu_num_draft_tokens[b] of N; of more than
+    max_spec_length (K) the first K count.
+
+    draft_token_ids: [N] int32 or int64.
+    cu_num_draft_tokens: [B] int32, the running sum of the requests' numbers of drafts.
+    draft_probs: [N, V] float32, bfloat16 or float16, or None for one-hot drafts.
+    target_probs: [N, V], the dtype of draft_probs.
+    bonus_probs: [B, V], the target's distribution after each request's last draft.
+    uniforms, seeds, offsets, generator, errors: as in rejection_sample, B and K as above.
+    Returns token_ids [B, K+1] and num_accepted [B] int32.
+    """
+    arguments = (draft_token_ids, cu_num_draft_tokens, draft_probs, target_probs, bonus_probs)
+    arguments += (max_spec_length, uniforms, seeds, offsets, generator)
+    return SamplerOutput(*_call(_FLATTENED, _validate_flattened, arguments))
 
 
 def rejection_sample_thread_per_row(
@@ -141,16 +205,16 @@ def rejection_sample_thread_per_row(
 ) -> SamplerOutput:
     """rejection_sample by the teaching kernel, one GPU thread a batch row. CUDA tensors only."""
     arguments = (draft_token_ids, draft_probs, target_probs, num_draft_tokens)
-    return _call(_THREAD_PER_ROW, *arguments, uniforms, seeds, offsets, generator)
+    arguments += (uniforms, seeds, offsets, generator)
+    return SamplerOutput(*_call(_THREAD_PER_ROW, _validate, arguments))
 
 
-def _call(operator, *arguments) -> SamplerOutput:
+def _call(operator, check, arguments, *out):
     try:
-        return SamplerOutput(*operator(*arguments))
+        return operator(*arguments, *out)
     except (TypeError, ValueError, RuntimeError):
         # The operator guards itself tersely and in C++, so that a good call pays for no Python
         # checks; a bad one gets the contract's sentence.
         if operator is not _missing:
-            names = ("num_draft_tokens", "uniforms", "seeds", "offsets", "generator")
-            validate(*arguments[:3], **dict(zip(names, arguments[3:], strict=True)))
+            check(*arguments)
         raise

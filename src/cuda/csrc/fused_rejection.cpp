@@ -31,100 +31,181 @@ void check(bool ok, const char* argument) {
   TORCH_CHECK_VALUE(ok, argument, " does not fit the other arguments; see src/contract.py");
 }
 
+// The padded layout, or the flattened ragged one where draft_ends is given.
 struct Arguments {
   at::Tensor ids;
   OptionalTensor draft_probs;
   at::Tensor target_probs;
-  OptionalTensor num_draft_tokens, uniforms, seeds, offsets;
+  OptionalTensor num_draft_tokens, draft_ends, bonus_probs, uniforms, seeds, offsets;
+  OptionalGenerator generator;
+  int64_t batch_size, spec_length;
 
-  int64_t batch_size() const { return ids.size(0); }
-  int64_t spec_length() const { return ids.size(1); }
-  int64_t vocab_size() const { return target_probs.size(2); }
+  at::Device device() const { return target_probs.device(); }
+  at::ScalarType dtype() const { return target_probs.scalar_type(); }
+  int64_t vocab_size() const { return target_probs.size(-1); }
+
+  // Checks what is the same in both layouts, and makes the small tensors contiguous.
+  void check_common() {
+    check(ids.device() == device() &&
+              (ids.scalar_type() == at::kLong || ids.scalar_type() == at::kInt),
+          "draft_token_ids");
+    check((dtype() == at::kFloat || dtype() == at::kBFloat16 || dtype() == at::kHalf) &&
+              vocab_size() > 0 && vocab_size() <= kMaxVocabSize && is_readable(target_probs),
+          "target_probs");
+    for (const auto& [probs, name] :
+         {std::pair(&draft_probs, "draft_probs"), std::pair(&bonus_probs, "bonus_probs")}) {
+      if (!*probs) continue;
+      check((*probs)->scalar_type() == dtype() && (*probs)->device() == device() &&
+                is_readable(**probs),
+            name);
+    }
+    check(seeds.has_value() == offsets.has_value(), "seeds");
+    check(uniforms.has_value() + seeds.has_value() + generator.has_value() <= 1, "generator");
+    ids = ids.contiguous();
+    make_rows(num_draft_tokens, at::kInt, "num_draft_tokens");
+    make_rows(draft_ends, at::kInt, "cu_num_draft_tokens");
+    make_rows(seeds, at::kLong, "seeds");
+    make_rows(offsets, at::kLong, "offsets");
+    if (uniforms) {
+      check(uniforms->sizes() == at::IntArrayRef({batch_size, spec_length + 1}) &&
+                uniforms->scalar_type() == at::kFloat && uniforms->device() == device(),
+            "uniforms");
+      uniforms = uniforms->contiguous();
+    }
+  }
+
+ private:
+  static bool is_readable(const at::Tensor& probs) {
+    return probs.size(-1) == 1 || probs.numel() == 0 || probs.stride(-1) == 1;
+  }
+
+  void make_rows(OptionalTensor& tensor, at::ScalarType wanted, const char* name) const {
+    if (!tensor) return;
+    check(tensor->sizes() == at::IntArrayRef({batch_size}) && tensor->scalar_type() == wanted &&
+              tensor->device() == device(),
+          name);
+    tensor = tensor->contiguous();
+  }
 };
 
-OptionalTensor checked(const OptionalTensor& tensor, at::IntArrayRef sizes, at::ScalarType dtype,
-                       at::Device device, const char* argument) {
-  if (!tensor) return tensor;
-  check(tensor->sizes() == sizes && tensor->scalar_type() == dtype && tensor->device() == device,
-        argument);
-  return tensor->contiguous();
-}
-
-Arguments checked_arguments(const at::Tensor& ids, const OptionalTensor& draft_probs,
-                            const at::Tensor& target_probs, const OptionalTensor& num_draft_tokens,
-                            const OptionalTensor& uniforms, const OptionalTensor& seeds,
-                            const OptionalTensor& offsets, const OptionalGenerator& generator) {
-  const at::Device device = target_probs.device();
-  const at::ScalarType dtype = target_probs.scalar_type();
-  check(ids.dim() == 2 && (ids.scalar_type() == at::kLong || ids.scalar_type() == at::kInt) &&
-            ids.device() == device,
-        "draft_token_ids");
+Arguments padded(const at::Tensor& ids, const OptionalTensor& draft_probs,
+                 const at::Tensor& target_probs, const OptionalTensor& num_draft_tokens,
+                 const OptionalTensor& uniforms, const OptionalTensor& seeds,
+                 const OptionalTensor& offsets, const OptionalGenerator& generator) {
+  check(ids.dim() == 2, "draft_token_ids");
   const int64_t batch_size = ids.size(0), spec_length = ids.size(1);
   check(target_probs.dim() == 3 && target_probs.size(0) == batch_size &&
-            target_probs.size(1) == spec_length + 1 && target_probs.size(2) > 0 &&
-            target_probs.size(2) <= kMaxVocabSize &&
-            (dtype == at::kFloat || dtype == at::kBFloat16 || dtype == at::kHalf),
+            target_probs.size(1) == spec_length + 1,
         "target_probs");
-  const int64_t vocab_size = target_probs.size(2);
-  const auto readable = [&](const at::Tensor& probs) {
-    return vocab_size == 1 || probs.numel() == 0 || probs.stride(2) == 1;
-  };
-  check(readable(target_probs), "target_probs");
-  if (draft_probs) {
-    check(draft_probs->sizes() == at::IntArrayRef({batch_size, spec_length, vocab_size}) &&
-              draft_probs->scalar_type() == dtype && draft_probs->device() == device &&
-              readable(*draft_probs),
-          "draft_probs");
-  }
-  check(seeds.has_value() == offsets.has_value(), "seeds");
-  check(uniforms.has_value() + seeds.has_value() + generator.has_value() <= 1, "generator");
-  return {ids.contiguous(),
-          draft_probs,
-          target_probs,
-          checked(num_draft_tokens, {batch_size}, at::kInt, device, "num_draft_tokens"),
-          checked(uniforms, {batch_size, spec_length + 1}, at::kFloat, device, "uniforms"),
-          checked(seeds, {batch_size}, at::kLong, device, "seeds"),
-          checked(offsets, {batch_size}, at::kLong, device, "offsets")};
+  check(!draft_probs || draft_probs->sizes() ==
+                            at::IntArrayRef({batch_size, spec_length, target_probs.size(2)}),
+        "draft_probs");
+  Arguments a{ids,      draft_probs, target_probs, num_draft_tokens, {},         {},
+              uniforms, seeds,       offsets,      generator,        batch_size, spec_length};
+  a.check_common();
+  return a;
+}
+
+Arguments flattened(const at::Tensor& ids, const at::Tensor& draft_ends,
+                    const OptionalTensor& draft_probs, const at::Tensor& target_probs,
+                    const at::Tensor& bonus_probs, int64_t max_spec_length,
+                    const OptionalTensor& uniforms, const OptionalTensor& seeds,
+                    const OptionalTensor& offsets, const OptionalGenerator& generator) {
+  check(ids.dim() == 1, "draft_token_ids");
+  check(draft_ends.dim() == 1, "cu_num_draft_tokens");
+  check(max_spec_length >= 0, "max_spec_length");
+  const int64_t batch_size = draft_ends.size(0), total = ids.size(0);
+  check(target_probs.dim() == 2 && target_probs.size(0) == total, "target_probs");
+  check(!draft_probs || draft_probs->sizes() == target_probs.sizes(), "draft_probs");
+  check(bonus_probs.sizes() == at::IntArrayRef({batch_size, target_probs.size(1)}), "bonus_probs");
+  Arguments a{ids,      draft_probs, target_probs, {},        draft_ends, bonus_probs,
+              uniforms, seeds,       offsets,      generator, batch_size, max_spec_length};
+  a.check_common();
+  return a;
 }
 
 Output allocate(const Arguments& a) {
-  return {at::empty({a.batch_size(), a.spec_length() + 1}, a.ids.options()),
-          at::empty({a.batch_size()}, a.ids.options().dtype(at::kInt))};
+  return {at::empty({a.batch_size, a.spec_length + 1}, a.ids.options()),
+          at::empty({a.batch_size}, a.ids.options().dtype(at::kInt))};
+}
+
+void check_output(const Arguments& a, const Output& output) {
+  const auto& [token_ids, num_accepted] = output;
+  check(token_ids.sizes() == at::IntArrayRef({a.batch_size, a.spec_length + 1}) &&
+            token_ids.scalar_type() == a.ids.scalar_type() && token_ids.device() == a.device() &&
+            token_ids.is_contiguous() && num_accepted.sizes() == at::IntArrayRef({a.batch_size}) &&
+            num_accepted.scalar_type() == at::kInt && num_accepted.device() == a.device() &&
+            num_accepted.is_contiguous(),
+        "out");
+}
+
+template <typename T>
+const T* pointer(const OptionalTensor& tensor) {
+  return tensor ? tensor->const_data_ptr<T>() : nullptr;
+}
+
+Params params_of(const Arguments& a, const Output& output) {
+  Params p = {};
+  p.batch_size = a.batch_size;
+  p.spec_length = a.spec_length;
+  p.vocab_size = a.vocab_size();
+  p.dtype = a.dtype() == at::kFloat      ? Dtype::kFloat32
+            : a.dtype() == at::kBFloat16 ? Dtype::kBFloat16
+                                         : Dtype::kFloat16;
+  p.ids_are_int64 = a.ids.scalar_type() == at::kLong;
+  p.draft_token_ids = a.ids.const_data_ptr();
+  p.target_probs = a.target_probs.const_data_ptr();
+  p.target_position_stride = a.target_probs.stride(-2);
+  if (a.draft_probs) {
+    p.draft_probs = a.draft_probs->const_data_ptr();
+    p.draft_position_stride = a.draft_probs->stride(-2);
+  }
+  if (a.draft_ends) {
+    p.draft_ends = a.draft_ends->const_data_ptr<int32_t>();
+    p.num_flat = a.ids.size(0);
+    p.bonus_probs = a.bonus_probs->const_data_ptr();
+    p.bonus_row_stride = a.bonus_probs->stride(0);
+  } else {
+    p.target_row_stride = a.target_probs.stride(0);
+    if (a.draft_probs) p.draft_row_stride = a.draft_probs->stride(0);
+  }
+  p.num_draft_tokens = pointer<int32_t>(a.num_draft_tokens);
+  p.uniforms = pointer<float>(a.uniforms);
+  p.seeds = pointer<int64_t>(a.seeds);
+  p.offsets = pointer<int64_t>(a.offsets);
+  p.token_ids = std::get<0>(output).mutable_data_ptr();
+  p.num_accepted = std::get<1>(output).mutable_data_ptr<int32_t>();
+  return p;
 }
 
 // ---- CPU
 
+// The weights of a tile, 0 beyond the vocabulary.
 template <typename T>
-struct Row {  // the V weights that a row's last token is drawn from
-  const T* p;
-  const T* q;       // null where the draft is one-hot or nothing was rejected
-  int64_t one_hot;  // the index where q is 1, or -1
-  int64_t vocab_size;
-
-  // The weights of a tile, 0 beyond the vocabulary.
-  void fill(int64_t tile, float* w) const {
-    const int64_t begin = tile * kTile;
-    const int64_t count = std::min<int64_t>(kTile, vocab_size - begin);
-    for (int64_t m = 0; m < count; ++m) {
-      w[m] = weight(static_cast<float>(p[begin + m]), q ? static_cast<float>(q[begin + m]) : 0.0f);
+void fill_tile(const Row<T>& row, int vocab_size, int tile, float* w) {
+  const int begin = tile * kTile, count = std::min(kTile, vocab_size - begin);
+  const Row<T> here = row.from(begin);
+  if (here.q) {  // apart, so that each loop vectorizes
+    for (int m = 0; m < count; ++m) {
+      w[m] = weight(static_cast<float>(here.p[m]), static_cast<float>(here.q[m]));
     }
-    if (one_hot >= begin && one_hot < begin + count) {
-      w[one_hot - begin] = weight(static_cast<float>(p[one_hot]), 1.0f);
-    }
-    std::fill(w + count, w + kTile, 0.0f);
+  } else {
+    for (int m = 0; m < count; ++m) w[m] = weight(static_cast<float>(here.p[m]), 0.0f);
+    if (here.one_hot >= 0 && here.one_hot < count) w[here.one_hot] = here(here.one_hot);
   }
-};
+  std::fill(w + count, w + kTile, 0.0f);
+}
 
 template <typename T>
-int64_t draw(Row<T> row, float u) {
-  const int tiles = num_tiles(row.vocab_size);
+int draw(Row<T> row, int vocab_size, float u) {
+  const int tiles = num_tiles(vocab_size);
   std::vector<float> sums(tiles);
   const auto sum_of = [&](int tile) { return sums[tile]; };
   for (int pass = 0; pass < 2; ++pass) {
     at::parallel_for(0, tiles, 16, [&](int64_t begin, int64_t end) {
       float w[kTile];
-      for (int64_t tile = begin; tile < end; ++tile) {
-        row.fill(tile, w);
+      for (int tile = static_cast<int>(begin); tile < end; ++tile) {
+        fill_tile(row, vocab_size, tile, w);
         sums[tile] = tile_sum([&](int m) { return w[m]; });
       }
     });
@@ -133,112 +214,57 @@ int64_t draw(Row<T> row, float u) {
     const Pick tile = pick_in_spans(tiles, sum_of, spans, u * spans.total());
     if (tile.item >= 0) {
       float w[kTile];
-      row.fill(tile.item, w);
+      fill_tile(row, vocab_size, tile.item, w);
       const auto weight_at = [&](int m) { return w[m]; };
       sum_spans(kTile, weight_at, spans);
-      return int64_t{tile.item} * kTile + pick_in_spans(kTile, weight_at, spans, tile.rest).item;
+      return tile.item * kTile + pick_in_spans(kTile, weight_at, spans, tile.rest).item;
     }
-    row.q = nullptr;  // no residual: draw from p
-    row.one_hot = -1;
+    row = row.target();  // no residual: draw from p
   }
   return 0;  // p has no positive mass either
 }
 
-template <typename T, typename Id>
-void sample_row(const Arguments& a, int64_t b, Id* token_ids, int32_t* num_accepted) {
-  const int64_t spec_length = a.spec_length(), vocab_size = a.vocab_size();
-  const Id* ids = a.ids.const_data_ptr<Id>() + b * spec_length;
-  const auto uniform = [&](int64_t k) {
-    if (a.uniforms) return a.uniforms->const_data_ptr<float>()[b * (spec_length + 1) + k];
-    return to_uniform(philox_word(a.seeds->const_data_ptr<int64_t>()[b], 0,
-                                  a.offsets->const_data_ptr<int64_t>()[b] + k));
-  };
-  const auto probs_at = [&](const at::Tensor& probs, int64_t k) {
-    return probs.const_data_ptr<T>() + b * probs.stride(0) + k * probs.stride(1);
-  };
-  int64_t drafts = spec_length;
-  if (a.num_draft_tokens) {
-    drafts = std::min<int64_t>(a.num_draft_tokens->const_data_ptr<int32_t>()[b], drafts);
-  }
-  std::fill(token_ids, token_ids + spec_length + 1, static_cast<Id>(kPlaceholderTokenId));
-  Row<T> row{nullptr, nullptr, -1, vocab_size};
-  int64_t k = 0;
-  for (; k < drafts && ids[k] != kPlaceholderTokenId; ++k) {
-    const int64_t id = ids[k];
-    const bool in_vocab = id >= 0 && id < vocab_size;
-    const T* q = a.draft_probs ? probs_at(*a.draft_probs, k) : nullptr;
-    if (!in_vocab || !accepts(uniform(k), q ? static_cast<float>(q[id]) : 1.0f,
-                              static_cast<float>(probs_at(a.target_probs, k)[id]))) {
-      row.q = q;
-      row.one_hot = !q && in_vocab ? id : -1;
-      break;
-    }
-    token_ids[k] = ids[k];
-  }
-  row.p = probs_at(a.target_probs, k);
-  token_ids[k] = static_cast<Id>(draw(row, uniform(spec_length)));
-  *num_accepted = static_cast<int32_t>(k);
-}
-
-template <typename T, typename Id>
-void sample_batch(const Arguments& a, Output& output) {
-  Id* token_ids = std::get<0>(output).template mutable_data_ptr<Id>();
-  int32_t* num_accepted = std::get<1>(output).template mutable_data_ptr<int32_t>();
+template <typename T>
+void sample_batch(const Params& a) {
   const auto sample_rows = [&](int64_t begin, int64_t end) {
     for (int64_t b = begin; b < end; ++b) {
-      sample_row<T, Id>(a, b, token_ids + b * (a.spec_length() + 1), num_accepted + b);
+      const Request<T> request(a, b);
+      int64_t drawn = 0;
+      const Decision<T> decision = decide(request, [&] { return uniform(a, b, drawn++); });
+      const int token =
+          draw(decision.row, static_cast<int>(a.vocab_size), uniform(a, b, a.spec_length));
+      request.store(decision.accepted, token);
     }
   };
   // A small batch leaves the threads to the tiles of each row.
-  if (a.batch_size() >= at::get_num_threads()) {
-    at::parallel_for(0, a.batch_size(), 1, sample_rows);
+  if (a.batch_size >= at::get_num_threads()) {
+    at::parallel_for(0, a.batch_size, 1, sample_rows);
   } else {
-    sample_rows(0, a.batch_size());
+    sample_rows(0, a.batch_size);
   }
 }
 
-template <typename T>
-void sample_ids(const Arguments& a, Output& output) {
-  if (a.ids.scalar_type() == at::kLong) {
-    sample_batch<T, int64_t>(a, output);
-  } else {
-    sample_batch<T, int32_t>(a, output);
-  }
-}
-
-Output rejection_sample_cpu(const at::Tensor& ids, const OptionalTensor& draft_probs,
-                            const at::Tensor& target_probs, const OptionalTensor& num_draft_tokens,
-                            const OptionalTensor& uniforms, const OptionalTensor& seeds,
-                            const OptionalTensor& offsets, const OptionalGenerator& generator) {
-  Arguments a = checked_arguments(ids, draft_probs, target_probs, num_draft_tokens, uniforms, seeds,
-                                  offsets, generator);
-  check(ids.is_cpu(), "draft_token_ids");
-  if (!uniforms && !seeds) {
+void sample_on_cpu(const Arguments& arguments, const Output& output) {
+  Arguments a = arguments;
+  check(a.ids.is_cpu(), "draft_token_ids");
+  if (!a.uniforms && !a.seeds) {
     a.uniforms =
-        at::rand({a.batch_size(), a.spec_length() + 1}, generator, ids.options().dtype(at::kFloat));
+        at::rand({a.batch_size, a.spec_length + 1}, a.generator, a.ids.options().dtype(at::kFloat));
   }
-  Output output = allocate(a);
-  switch (target_probs.scalar_type()) {
-    case at::kFloat:
-      sample_ids<float>(a, output);
-      break;
-    case at::kBFloat16:
-      sample_ids<at::BFloat16>(a, output);
-      break;
-    default:
-      sample_ids<at::Half>(a, output);
+  const Params params = params_of(a, output);
+  switch (params.dtype) {
+    case Dtype::kFloat32:
+      return sample_batch<float>(params);
+    case Dtype::kBFloat16:
+      return sample_batch<at::BFloat16>(params);
+    case Dtype::kFloat16:
+      return sample_batch<at::Half>(params);
   }
-  return output;
 }
 
 // ---- CUDA
 
 #ifdef WITH_CUDA
-template <typename T>
-const T* pointer(const OptionalTensor& tensor) {
-  return tensor ? tensor->const_data_ptr<T>() : nullptr;
-}
-
 void check_cuda(int error) {
   TORCH_CHECK(error == 0, "the CUDA kernel could not be launched: ", cuda_error_string(error),
               error == 209 || error == 98  // cudaErrorNoKernelImageForDevice, InvalidDeviceFunction
@@ -247,119 +273,157 @@ void check_cuda(int error) {
                   : "");
 }
 
-Params params_of(const Arguments& a, const OptionalGenerator& generator, Output& output) {
-  Params p = {};
-  p.batch_size = a.batch_size();
-  p.spec_length = a.spec_length();
-  p.vocab_size = a.vocab_size();
-  const at::ScalarType dtype = a.target_probs.scalar_type();
-  p.dtype = dtype == at::kFloat      ? Dtype::kFloat32
-            : dtype == at::kBFloat16 ? Dtype::kBFloat16
-                                     : Dtype::kFloat16;
-  p.ids_are_int64 = a.ids.scalar_type() == at::kLong;
-  p.draft_token_ids = a.ids.const_data_ptr();
-  if (a.draft_probs) {
-    p.draft_probs = a.draft_probs->const_data_ptr();
-    p.draft_row_stride = a.draft_probs->stride(0);
-    p.draft_position_stride = a.draft_probs->stride(1);
+void take_philox_state(const Arguments& a, Params& params) {
+  auto* generator = at::get_generator_or_default<at::CUDAGeneratorImpl>(
+      a.generator, at::cuda::detail::getDefaultCUDAGenerator(a.device().index()));
+  const std::lock_guard<std::mutex> lock(generator->mutex_);
+  // Every row has a subsequence of its own; PyTorch wants increments in fours.
+  const uint64_t increment = (static_cast<uint64_t>(a.spec_length) + 4) / 4 * 4;
+  const at::PhiloxCudaState state = generator->philox_cuda_state(increment);
+  if (state.captured_) {
+    params.philox_seed_pointer = state.seed_.ptr;
+    params.philox_offset_pointer = state.offset_.ptr;
+    params.philox_offset = state.offset_intragraph_;
+  } else {
+    params.philox_seed = state.seed_.val;
+    params.philox_offset = state.offset_.val;
   }
-  p.target_probs = a.target_probs.const_data_ptr();
-  p.target_row_stride = a.target_probs.stride(0);
-  p.target_position_stride = a.target_probs.stride(1);
-  p.num_draft_tokens = pointer<int32_t>(a.num_draft_tokens);
-  p.uniforms = pointer<float>(a.uniforms);
-  p.seeds = pointer<int64_t>(a.seeds);
-  p.offsets = pointer<int64_t>(a.offsets);
-  if (!a.uniforms && !a.seeds) {
-    auto* cuda_generator = at::get_generator_or_default<at::CUDAGeneratorImpl>(
-        generator, at::cuda::detail::getDefaultCUDAGenerator(a.target_probs.device().index()));
-    const std::lock_guard<std::mutex> lock(cuda_generator->mutex_);
-    // Every row has a subsequence of its own; PyTorch wants increments in fours.
-    const uint64_t increment = (static_cast<uint64_t>(p.spec_length) + 4) / 4 * 4;
-    const at::PhiloxCudaState state = cuda_generator->philox_cuda_state(increment);
-    if (state.captured_) {
-      p.philox_seed_pointer = state.seed_.ptr;
-      p.philox_offset_pointer = state.offset_.ptr;
-      p.philox_offset = state.offset_intragraph_;
-    } else {
-      p.philox_seed = state.seed_.val;
-      p.philox_offset = state.offset_.val;
-    }
-  }
-  p.token_ids = std::get<0>(output).mutable_data_ptr();
-  p.num_accepted = std::get<1>(output).mutable_data_ptr<int32_t>();
-  return p;
 }
 
+// launch(params, stream) enqueues the kernel on the arguments' device.
 template <typename Launch>
-Output sample_on_cuda(const Arguments& a, const OptionalGenerator& generator,
-                      const Launch& launch) {
-  const c10::cuda::CUDAGuard guard(a.target_probs.device());
-  Output output = allocate(a);
-  if (a.batch_size() == 0) return output;
-  launch(params_of(a, generator, output), c10::cuda::getCurrentCUDAStream().stream());
-  return output;
+void launch_on_device(const Arguments& a, const Output& output, const Launch& launch) {
+  if (a.batch_size == 0) return;
+  const c10::cuda::CUDAGuard guard(a.device());
+  Params params = params_of(a, output);
+  if (!a.uniforms && !a.seeds) take_philox_state(a, params);
+  launch(params, c10::cuda::getCurrentCUDAStream().stream());
 }
 
-Output rejection_sample_planned_cuda(const at::Tensor& ids, const OptionalTensor& draft_probs,
-                                     const at::Tensor& target_probs,
-                                     const OptionalTensor& num_draft_tokens,
-                                     const OptionalTensor& uniforms, const OptionalTensor& seeds,
-                                     const OptionalTensor& offsets,
-                                     const OptionalGenerator& generator, c10::string_view exchange,
-                                     int64_t blocks_per_row) {
-  const Arguments a = checked_arguments(ids, draft_probs, target_probs, num_draft_tokens, uniforms,
-                                        seeds, offsets, generator);
+void launch_planned(const Params& params, Exchange exchange, int64_t blocks_per_row,
+                    const Arguments& a, void* stream) {
+  Plan plan = {};
+  check_cuda(plan_fused(params, exchange, static_cast<int>(blocks_per_row), &plan));
+  at::Tensor workspace;
+  if (plan.workspace_bytes > 0) {
+    workspace = at::empty({plan.workspace_bytes}, a.ids.options().dtype(at::kByte));
+  }
+  void* memory = plan.workspace_bytes > 0 ? workspace.mutable_data_ptr() : nullptr;
+  check_cuda(launch_fused(params, plan, memory, stream));
+}
+
+Output rejection_sample_planned(const at::Tensor& ids, const OptionalTensor& draft_probs,
+                                const at::Tensor& target_probs,
+                                const OptionalTensor& num_draft_tokens,
+                                const OptionalTensor& uniforms, const OptionalTensor& seeds,
+                                const OptionalTensor& offsets, const OptionalGenerator& generator,
+                                c10::string_view exchange, int64_t blocks_per_row) {
   TORCH_CHECK_VALUE(exchange == "auto" || exchange == "cluster" || exchange == "workspace",
                     "exchange is '", exchange, "'; wanted auto, cluster or workspace");
   const Exchange wanted = exchange == "cluster"     ? Exchange::kCluster
                           : exchange == "workspace" ? Exchange::kWorkspace
                                                     : Exchange::kAuto;
-  return sample_on_cuda(a, generator, [&](const Params& params, void* stream) {
-    Plan plan = {};
-    check_cuda(plan_fused(params, wanted, static_cast<int>(blocks_per_row), &plan));
-    at::Tensor workspace;
-    if (plan.workspace_bytes > 0) {
-      workspace = at::empty({plan.workspace_bytes}, a.ids.options().dtype(at::kByte));
-    }
-    check_cuda(launch_fused(params, plan,
-                            workspace.defined() ? workspace.mutable_data_ptr() : nullptr, stream));
+  const Arguments a =
+      padded(ids, draft_probs, target_probs, num_draft_tokens, uniforms, seeds, offsets, generator);
+  const Output output = allocate(a);
+  launch_on_device(a, output, [&](const Params& params, void* stream) {
+    launch_planned(params, wanted, blocks_per_row, a, stream);
   });
+  return output;
 }
 
-Output rejection_sample_cuda(const at::Tensor& ids, const OptionalTensor& draft_probs,
-                             const at::Tensor& target_probs, const OptionalTensor& num_draft_tokens,
-                             const OptionalTensor& uniforms, const OptionalTensor& seeds,
-                             const OptionalTensor& offsets, const OptionalGenerator& generator) {
-  return rejection_sample_planned_cuda(ids, draft_probs, target_probs, num_draft_tokens, uniforms,
-                                       seeds, offsets, generator, "auto", 0);
-}
-
-Output rejection_sample_thread_per_row_cuda(
-    const at::Tensor& ids, const OptionalTensor& draft_probs, const at::Tensor& target_probs,
-    const OptionalTensor& num_draft_tokens, const OptionalTensor& uniforms,
-    const OptionalTensor& seeds, const OptionalTensor& offsets,
-    const OptionalGenerator& generator) {
-  const Arguments a = checked_arguments(ids, draft_probs, target_probs, num_draft_tokens, uniforms,
-                                        seeds, offsets, generator);
-  return sample_on_cuda(a, generator, [](const Params& params, void* stream) {
+Output rejection_sample_thread_per_row(const at::Tensor& ids, const OptionalTensor& draft_probs,
+                                       const at::Tensor& target_probs,
+                                       const OptionalTensor& num_draft_tokens,
+                                       const OptionalTensor& uniforms, const OptionalTensor& seeds,
+                                       const OptionalTensor& offsets,
+                                       const OptionalGenerator& generator) {
+  const Arguments a =
+      padded(ids, draft_probs, target_probs, num_draft_tokens, uniforms, seeds, offsets, generator);
+  const Output output = allocate(a);
+  launch_on_device(a, output, [](const Params& params, void* stream) {
     check_cuda(launch_thread_per_row(params, stream));
+  });
+  return output;
+}
+
+void sample_on_cuda(const Arguments& a, const Output& output) {
+  launch_on_device(a, output, [&](const Params& params, void* stream) {
+    launch_planned(params, Exchange::kAuto, 0, a, stream);
   });
 }
 #endif
 
+// ---- What both devices offer. `sample(arguments, output)` is a device's.
+
+template <auto sample>
+Output rejection_sample(const at::Tensor& ids, const OptionalTensor& draft_probs,
+                        const at::Tensor& target_probs, const OptionalTensor& num_draft_tokens,
+                        const OptionalTensor& uniforms, const OptionalTensor& seeds,
+                        const OptionalTensor& offsets, const OptionalGenerator& generator) {
+  const Arguments a =
+      padded(ids, draft_probs, target_probs, num_draft_tokens, uniforms, seeds, offsets, generator);
+  Output output = allocate(a);
+  sample(a, output);
+  return output;
+}
+
+template <auto sample>
+void rejection_sample_out(const at::Tensor& ids, const OptionalTensor& draft_probs,
+                          const at::Tensor& target_probs, const OptionalTensor& num_draft_tokens,
+                          const OptionalTensor& uniforms, const OptionalTensor& seeds,
+                          const OptionalTensor& offsets, const OptionalGenerator& generator,
+                          at::Tensor token_ids, at::Tensor num_accepted) {
+  const Arguments a =
+      padded(ids, draft_probs, target_probs, num_draft_tokens, uniforms, seeds, offsets, generator);
+  const Output output{token_ids, num_accepted};
+  check_output(a, output);
+  sample(a, output);
+}
+
+template <auto sample>
+Output rejection_sample_flattened(const at::Tensor& ids, const at::Tensor& cu_num_draft_tokens,
+                                  const OptionalTensor& draft_probs, const at::Tensor& target_probs,
+                                  const at::Tensor& bonus_probs, int64_t max_spec_length,
+                                  const OptionalTensor& uniforms, const OptionalTensor& seeds,
+                                  const OptionalTensor& offsets,
+                                  const OptionalGenerator& generator) {
+  const Arguments a = flattened(ids, cu_num_draft_tokens, draft_probs, target_probs, bonus_probs,
+                                max_spec_length, uniforms, seeds, offsets, generator);
+  Output output = allocate(a);
+  sample(a, output);
+  return output;
+}
+
+using Sample = void (*)(const Arguments&, const Output&);
+
+template <Sample sample>
+void implement(torch::Library& m) {
+  m.impl("rejection_sample", &rejection_sample<sample>);
+  m.impl("rejection_sample_out", &rejection_sample_out<sample>);
+  m.impl("rejection_sample_flattened", &rejection_sample_flattened<sample>);
+}
+
 }  // namespace
 }  // namespace fused_rejection
 
-#define FR_ARGUMENTS                                                             \
-  "Tensor draft_token_ids, Tensor? draft_probs, Tensor target_probs, "           \
-  "Tensor? num_draft_tokens, Tensor? uniforms, Tensor? seeds, Tensor? offsets, " \
-  "Generator? generator"
+#define FR_RANDOMNESS "Tensor? uniforms, Tensor? seeds, Tensor? offsets, Generator? generator"
+#define FR_ARGUMENTS                                                   \
+  "Tensor draft_token_ids, Tensor? draft_probs, Tensor target_probs, " \
+  "Tensor? num_draft_tokens, " FR_RANDOMNESS
 #define FR_RESULT " -> (Tensor token_ids, Tensor num_accepted)"
 
 TORCH_LIBRARY(fused_rejection, m) {
   const std::vector<at::Tag> tags = {at::Tag::nondeterministic_seeded};
   m.def("rejection_sample(" FR_ARGUMENTS ")" FR_RESULT, tags);
+  m.def("rejection_sample_out(" FR_ARGUMENTS
+        ", Tensor(a!) token_ids, Tensor(b!) num_accepted) -> ()",
+        tags);
+  m.def(
+      "rejection_sample_flattened(Tensor draft_token_ids, Tensor cu_num_draft_tokens, "
+      "Tensor? draft_probs, Tensor target_probs, Tensor bonus_probs, int "
+      "max_spec_length, " FR_RANDOMNESS ")" FR_RESULT,
+      tags);
   m.def("rejection_sample_thread_per_row(" FR_ARGUMENTS ")" FR_RESULT, tags);
   // The fast kernel with its launch chosen by the caller, for tests and for docs/kernel.md's
   // ladder.
@@ -368,14 +432,14 @@ TORCH_LIBRARY(fused_rejection, m) {
 }
 
 TORCH_LIBRARY_IMPL(fused_rejection, CPU, m) {
-  m.impl("rejection_sample", &fused_rejection::rejection_sample_cpu);
+  fused_rejection::implement<&fused_rejection::sample_on_cpu>(m);
 }
 
 #ifdef WITH_CUDA
 TORCH_LIBRARY_IMPL(fused_rejection, CUDA, m) {
-  m.impl("rejection_sample", &fused_rejection::rejection_sample_cuda);
-  m.impl("rejection_sample_thread_per_row", &fused_rejection::rejection_sample_thread_per_row_cuda);
-  m.impl("rejection_sample_planned", &fused_rejection::rejection_sample_planned_cuda);
+  fused_rejection::implement<&fused_rejection::sample_on_cuda>(m);
+  m.impl("rejection_sample_thread_per_row", &fused_rejection::rejection_sample_thread_per_row);
+  m.impl("rejection_sample_planned", &fused_rejection::rejection_sample_planned);
 }
 #endif
 

@@ -4,10 +4,13 @@
 
 #include <cstdint>
 
+// A function of the host where a C++ compiler reads this, and of the device under nvcc.
 #if defined(__CUDACC__)
-#define FR_HOST_DEVICE __host__ __device__ __forceinline__
+#define FR_FUNCTION __device__ __forceinline__
+#define FR_HOST_DEVICE __host__ __device__
 #else
-#define FR_HOST_DEVICE inline
+#define FR_FUNCTION inline
+#define FR_HOST_DEVICE
 #endif
 
 namespace fused_rejection {
@@ -21,7 +24,7 @@ constexpr int64_t kMaxVocabSize = (int64_t{1} << 31) - kTile;
 enum class Dtype { kFloat32, kBFloat16, kFloat16 };
 
 // Philox4x32-10 (Salmon et al. 2011), keyed and counted as cuRAND's curand_init does.
-FR_HOST_DEVICE uint32_t philox_word(uint64_t seed, uint64_t subsequence, uint64_t position) {
+FR_FUNCTION uint32_t philox_word(uint64_t seed, uint64_t subsequence, uint64_t position) {
   uint32_t c0 = static_cast<uint32_t>(position >> 2), c1 = static_cast<uint32_t>(position >> 34);
   uint32_t c2 = static_cast<uint32_t>(subsequence), c3 = static_cast<uint32_t>(subsequence >> 32);
   uint32_t k0 = static_cast<uint32_t>(seed), k1 = static_cast<uint32_t>(seed >> 32);
@@ -39,28 +42,196 @@ FR_HOST_DEVICE uint32_t philox_word(uint64_t seed, uint64_t subsequence, uint64_
 }
 
 // [0, 1) on the 24-bit grid: curand_uniform's (0, 1] would reject where p == q.
-FR_HOST_DEVICE float to_uniform(uint32_t word) { return (word >> 8) * 0x1p-24f; }
+FR_FUNCTION float to_uniform(uint32_t word) { return (word >> 8) * 0x1p-24f; }
 
 // Exact: the product of two float32 fits float64. NaN on either side rejects.
-FR_HOST_DEVICE bool accepts(float u, float q, float p) {
+FR_FUNCTION bool accepts(float u, float q, float p) {
   return static_cast<double>(u) * static_cast<double>(q) < static_cast<double>(p);
 }
 
-FR_HOST_DEVICE float weight(float p, float q) {
+FR_FUNCTION float weight(float p, float q) {
   const float difference = p - q;
   if (!(difference > 0.0f)) return 0.0f;
   return difference < kMaxWeight ? difference : kMaxWeight;
 }
 
+// What a call samples from: pointers, and strides in elements. Ids, uniforms, [B] arguments and
+// outputs are contiguous, and the vocabulary has stride 1.
+struct Params {
+  int64_t batch_size, spec_length, vocab_size;
+  Dtype dtype;
+  bool ids_are_int64;
+  const void* draft_token_ids;  // [B, K]
+  const void* draft_probs;      // [B, K, V], or null: a one-hot draft
+  int64_t draft_row_stride, draft_position_stride;
+  const void* target_probs;  // [B, K+1, V]
+  int64_t target_row_stride, target_position_stride;
+  const int32_t* num_draft_tokens;  // [B] or null
+  // The flattened ragged layout, or null: request b's drafts are ends[b - 1] to ends[b] of
+  // draft_token_ids [N], draft_probs [N, V] and target_probs [N, V]; its bonus row is bonus_probs
+  // [B, V]. Of a request's drafts the first K count.
+  const int32_t* draft_ends;  // [B]
+  int64_t num_flat;           // N
+  const void* bonus_probs;
+  int64_t bonus_row_stride;
+  // Randomness: `uniforms` [B, K+1], else `seeds` and `offsets` [B], else one Philox state, whose
+  // seed and offset a CUDA graph's replays read through pointers.
+  const float* uniforms;
+  const int64_t* seeds;
+  const int64_t* offsets;
+  uint64_t philox_seed, philox_offset;
+  const int64_t* philox_seed_pointer;    // null outside a capture
+  const int64_t* philox_offset_pointer;  // null outside a capture; philox_offset is added
+  void* token_ids;                       // [B, K+1], dtype of draft_token_ids
+  int32_t* num_accepted;                 // [B]
+};
+
+// The V weights that a request's last token is drawn from.
+template <typename T>
+struct Row {
+  const T* p;
+  const T* q;   // null where the draft is one-hot or nothing was rejected
+  int one_hot;  // the index where q is 1, or -1
+
+  FR_FUNCTION float operator()(int i) const {
+    return weight(static_cast<float>(p[i]),
+                  q ? static_cast<float>(q[i]) : (i == one_hot ? 1.0f : 0.0f));
+  }
+
+  // The row from an index on: the loads that follow then have constant offsets.
+  FR_FUNCTION Row from(int i) const { return {p + i, q ? q + i : nullptr, one_hot - i}; }
+
+  // The same row without its draft, to draw from where the residual has no weight.
+  FR_FUNCTION Row target() const { return {p, nullptr, -1}; }
+};
+
+// One request's part of the arguments.
+template <typename T>
+struct Request {
+  const Params* params;
+  int64_t b, drafts, first_id;
+  const T *p, *q, *bonus;
+
+  FR_FUNCTION Request(const Params& a, int64_t request)
+      : params(&a), b(request), drafts(a.spec_length), first_id(request * a.spec_length) {
+    p = static_cast<const T*>(a.target_probs);
+    q = static_cast<const T*>(a.draft_probs);
+    bonus = nullptr;
+    if (a.draft_ends) {
+      // Ends that are out of order or out of range address nothing outside [0, N).
+      const int64_t begin = b ? a.draft_ends[b - 1] : 0, end = a.draft_ends[b];
+      first_id = begin < 0 ? 0 : begin < a.num_flat ? begin : a.num_flat;
+      const int64_t count = (end < a.num_flat ? end : a.num_flat) - first_id;
+      drafts = count < 0 ? 0 : count < drafts ? count : drafts;
+      p += first_id * a.target_position_stride;
+      if (q) q += first_id * a.draft_position_stride;
+      bonus = static_cast<const T*>(a.bonus_probs) + b * a.bonus_row_stride;
+    } else {
+      p += b * a.target_row_stride;
+      if (q) q += b * a.draft_row_stride;
+      if (a.num_draft_tokens && a.num_draft_tokens[b] < drafts) drafts = a.num_draft_tokens[b];
+    }
+  }
+
+  FR_FUNCTION int64_t id(int64_t k) const {
+    const int64_t i = first_id + k;
+    return params->ids_are_int64 ? static_cast<const int64_t*>(params->draft_token_ids)[i]
+                                 : static_cast<const int32_t*>(params->draft_token_ids)[i];
+  }
+
+  FR_FUNCTION bool in_vocab(int64_t id) const { return id >= 0 && id < params->vocab_size; }
+
+  // Whether draft k, the token `id`, is accepted with the uniform that `u()` draws.
+  template <typename Uniform>
+  FR_FUNCTION bool accepts_draft(int64_t k, int64_t id, const Uniform& u) const {
+    if (!in_vocab(id)) return false;
+    const float q_x = q ? static_cast<float>(q[k * params->draft_position_stride + id]) : 1.0f;
+    return accepts(u(), q_x, static_cast<float>(p[k * params->target_position_stride + id]));
+  }
+
+  // The row to draw from after k accepted drafts, `id` being the rejected one, or the placeholder
+  // where the drafts ended.
+  FR_FUNCTION Row<T> row(int64_t k, int64_t id) const {
+    Row<T> row{p + k * params->target_position_stride, nullptr, -1};
+    if (bonus && k == drafts) row.p = bonus;
+    if (id == kPlaceholderTokenId) return row;
+    if (q) {
+      row.q = q + k * params->draft_position_stride;
+    } else if (in_vocab(id)) {
+      row.one_hot = static_cast<int>(id);
+    }
+    return row;
+  }
+
+  FR_FUNCTION void store(int64_t k, int64_t id) const {
+    const int64_t i = b * (params->spec_length + 1) + k;
+    if (params->ids_are_int64) {
+      static_cast<int64_t*>(params->token_ids)[i] = id;
+    } else {
+      static_cast<int32_t*>(params->token_ids)[i] = static_cast<int32_t>(id);
+    }
+  }
+};
+
+// Where a request's uniforms are in Philox's streams; `position` is uniform 0's.
+struct Stream {
+  uint64_t seed, subsequence, position;
+};
+
+FR_FUNCTION Stream stream_of(const Params& a, int64_t b) {
+  if (a.seeds) {
+    return {static_cast<uint64_t>(a.seeds[b]), 0, static_cast<uint64_t>(a.offsets[b])};
+  }
+  Stream stream{a.philox_seed, static_cast<uint64_t>(b), a.philox_offset};
+  if (a.philox_seed_pointer) {
+    stream.seed = static_cast<uint64_t>(*a.philox_seed_pointer);
+    stream.position += static_cast<uint64_t>(*a.philox_offset_pointer);
+  }
+  return stream;
+}
+
+FR_FUNCTION float uniform(const Params& a, int64_t b, int64_t k) {
+  if (a.uniforms) return a.uniforms[b * (a.spec_length + 1) + k];
+  const Stream stream = stream_of(a, b);
+  return to_uniform(philox_word(stream.seed, stream.subsequence, stream.position + k));
+}
+
+template <typename T>
+struct Decision {
+  int64_t accepted;
+  Row<T> row;
+};
+
+// One thread decides a request, with early exit: nothing after the first rejection is looked at. It
+// stores all but the last token. `next_uniform()` draws uniform 0, 1, ....
+template <typename T, typename NextUniform>
+FR_FUNCTION Decision<T> decide(const Request<T>& request, const NextUniform& next_uniform) {
+  int64_t accepted = 0, rejected_id = kPlaceholderTokenId;
+  for (; accepted < request.drafts; ++accepted) {
+    const int64_t id = request.id(accepted);
+    if (id == kPlaceholderTokenId) break;
+    if (!request.accepts_draft(accepted, id, next_uniform)) {
+      rejected_id = id;
+      break;
+    }
+    request.store(accepted, id);
+  }
+  for (int64_t k = accepted + 1; k <= request.params->spec_length; ++k) {
+    request.store(k, kPlaceholderTokenId);
+  }
+  request.params->num_accepted[request.b] = static_cast<int32_t>(accepted);
+  return {accepted, request.row(accepted, rejected_id)};
+}
+
 // Indices into a vocabulary are int: kMaxVocabSize leaves room for the last tile.
-FR_HOST_DEVICE int num_tiles(int64_t vocab_size) {
+FR_HOST_DEVICE constexpr int num_tiles(int64_t vocab_size) {
   return static_cast<int>((vocab_size + kTile - 1) / kTile);
 }
 
 // The float32 sum of a tile's weights, w(m) for m in 0..511: w(m) + w(m + 256), then adjacent
 // pairs.
 template <typename Weight>
-FR_HOST_DEVICE float tile_sum(const Weight& w) {
+FR_FUNCTION float tile_sum(const Weight& w) {
   constexpr int n = 16;
   static_assert(2 * n * n == kTile);
   float outer[n];
@@ -84,7 +255,7 @@ struct Spans {
   double sum[kSpans];
   double scan[kSpans];
 
-  FR_HOST_DEVICE double total() const { return scan[kSpans - 1]; }
+  FR_FUNCTION double total() const { return scan[kSpans - 1]; }
 };
 
 struct Pick {
@@ -93,7 +264,7 @@ struct Pick {
 };
 
 template <typename Item>
-FR_HOST_DEVICE void sum_spans(int count, const Item& item, Spans& spans) {
+FR_FUNCTION void sum_spans(int count, const Item& item, Spans& spans) {
   const int length = (count + kSpans - 1) / kSpans;
   for (int s = 0; s < kSpans; ++s) {
     double sum = 0;
@@ -108,7 +279,7 @@ FR_HOST_DEVICE void sum_spans(int count, const Item& item, Spans& spans) {
 // The first item in [begin, end) whose cumulative weight exceeds `rest`; where rounding leaves
 // none, the last one with weight.
 template <int unroll = 1, typename Item>
-FR_HOST_DEVICE Pick pick_in_span(int begin, int end, const Item& item, double rest) {
+FR_FUNCTION Pick pick_in_span(int begin, int end, const Item& item, double rest) {
   Pick pick{-1, rest};
   double before = 0;
 #if defined(__CUDA_ARCH__)
@@ -125,8 +296,7 @@ FR_HOST_DEVICE Pick pick_in_span(int begin, int end, const Item& item, double re
 }
 
 template <typename Item>
-FR_HOST_DEVICE Pick pick_in_spans(int count, const Item& item, const Spans& spans,
-                                  double threshold) {
+FR_FUNCTION Pick pick_in_spans(int count, const Item& item, const Spans& spans, double threshold) {
   const int length = (count + kSpans - 1) / kSpans;
   int chosen = -1;
   for (int s = 0; s < kSpans; ++s) {
@@ -141,30 +311,6 @@ FR_HOST_DEVICE Pick pick_in_spans(int count, const Item& item, const Spans& span
   const int end = begin + length < count ? begin + length : count;
   return pick_in_span(begin, end, item, threshold - before);
 }
-
-// The arguments of a CUDA launch: device pointers and strides in elements. Ids, uniforms, [B]
-// arguments and outputs are contiguous; the vocabulary has stride 1.
-struct Params {
-  int64_t batch_size, spec_length, vocab_size;
-  Dtype dtype;
-  bool ids_are_int64;
-  const void* draft_token_ids;  // [B, K]
-  const void* draft_probs;      // [B, K, V], or null: a one-hot draft
-  int64_t draft_row_stride, draft_position_stride;
-  const void* target_probs;  // [B, K+1, V]
-  int64_t target_row_stride, target_position_stride;
-  const int32_t* num_draft_tokens;  // [B] or null
-  // Randomness: `uniforms` [B, K+1], else `seeds` and `offsets` [B], else one Philox state, whose
-  // seed and offset a CUDA graph's replays read through pointers.
-  const float* uniforms;
-  const int64_t* seeds;
-  const int64_t* offsets;
-  uint64_t philox_seed, philox_offset;
-  const int64_t* philox_seed_pointer;    // null outside a capture
-  const int64_t* philox_offset_pointer;  // null outside a capture; philox_offset is added
-  void* token_ids;                       // [B, K+1], dtype of draft_token_ids
-  int32_t* num_accepted;                 // [B]
-};
 
 enum class Exchange { kAuto, kCluster, kWorkspace };  // how the blocks of a row share tile sums
 

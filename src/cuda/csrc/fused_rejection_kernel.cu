@@ -65,113 +65,18 @@ constexpr unsigned kAllLanes = 0xFFFFFFFFu;
 
 struct BFloat16 {
   uint16_t bits;
+  __device__ explicit operator float() const {
+    return __uint_as_float(static_cast<uint32_t>(bits) << 16);
+  }
 };
 struct Float16 {
   uint16_t bits;
+  __device__ explicit operator float() const { return half_to_float(bits); }
 };
-
-__device__ __forceinline__ float to_float(float value) { return value; }
-__device__ __forceinline__ float to_float(BFloat16 value) {
-  return __uint_as_float(static_cast<uint32_t>(value.bits) << 16);
-}
-__device__ __forceinline__ float to_float(Float16 value) { return half_to_float(value.bits); }
-
-template <typename T>
-__device__ __forceinline__ float load(const T* pointer) {
-  return to_float(*pointer);
-}
-
-// The V weights that a row's last token is drawn from.
-template <typename T>
-struct Row {
-  const T* p;
-  const T* q;   // null where the draft is one-hot or nothing was rejected
-  int one_hot;  // the index where q is 1, or -1
-
-  __device__ float operator()(int i) const {
-    return weight(load(p + i), q ? load(q + i) : (i == one_hot ? 1.0f : 0.0f));
-  }
-
-  // The row from an index on: the loads that follow then have constant offsets.
-  __device__ Row from(int i) const { return {p + i, q ? q + i : nullptr, one_hot - i}; }
-};
-
-// Where draft k of row b was verified, and what its residual is.
-template <typename T>
-__device__ Row<T> row_at(const Params& a, int64_t b, int64_t k, int64_t rejected_id) {
-  Row<T> row{static_cast<const T*>(a.target_probs) + b * a.target_row_stride +
-                 k * a.target_position_stride,
-             nullptr, -1};
-  if (rejected_id == kPlaceholderTokenId) return row;  // the drafts ended: a bonus token, from p
-  if (a.draft_probs) {
-    row.q =
-        static_cast<const T*>(a.draft_probs) + b * a.draft_row_stride + k * a.draft_position_stride;
-  } else if (rejected_id >= 0 && rejected_id < a.vocab_size) {
-    row.one_hot = static_cast<int>(rejected_id);
-  }
-  return row;
-}
-
-__device__ int64_t num_drafts(const Params& a, int64_t b) {
-  if (!a.num_draft_tokens) return a.spec_length;
-  const int64_t count = a.num_draft_tokens[b];
-  return count < a.spec_length ? count : a.spec_length;
-}
-
-__device__ int64_t draft_id(const Params& a, int64_t b, int64_t k) {
-  const int64_t i = b * a.spec_length + k;
-  return a.ids_are_int64 ? static_cast<const int64_t*>(a.draft_token_ids)[i]
-                         : static_cast<const int32_t*>(a.draft_token_ids)[i];
-}
-
-__device__ void store_token(const Params& a, int64_t b, int64_t k, int64_t id) {
-  const int64_t i = b * (a.spec_length + 1) + k;
-  if (a.ids_are_int64) {
-    static_cast<int64_t*>(a.token_ids)[i] = id;
-  } else {
-    static_cast<int32_t*>(a.token_ids)[i] = static_cast<int32_t>(id);
-  }
-}
-
-struct Stream {
-  uint64_t seed, subsequence, position;  // position: of uniform 0
-};
-
-__device__ Stream stream_of(const Params& a, int64_t b) {
-  if (a.seeds) {
-    return {static_cast<uint64_t>(a.seeds[b]), 0, static_cast<uint64_t>(a.offsets[b])};
-  }
-  Stream stream{a.philox_seed, static_cast<uint64_t>(b), a.philox_offset};
-  if (a.philox_seed_pointer) {
-    stream.seed = static_cast<uint64_t>(*a.philox_seed_pointer);
-    stream.position += static_cast<uint64_t>(*a.philox_offset_pointer);
-  }
-  return stream;
-}
-
-__device__ float uniform(const Params& a, int64_t b, int64_t k) {
-  if (a.uniforms) return a.uniforms[b * (a.spec_length + 1) + k];
-  const Stream stream = stream_of(a, b);
-  return to_uniform(philox_word(stream.seed, stream.subsequence, stream.position + k));
-}
-
-template <typename T>
-__device__ bool accepts_draft(const Params& a, int64_t b, int64_t k, int64_t id, float u) {
-  if (id < 0 || id >= a.vocab_size) return false;
-  const T* p = static_cast<const T*>(a.target_probs);
-  const T* q = static_cast<const T*>(a.draft_probs);
-  const float p_x = load(p + b * a.target_row_stride + k * a.target_position_stride + id);
-  const float q_x = q ? load(q + b * a.draft_row_stride + k * a.draft_position_stride + id) : 1.0f;
-  return accepts(u, q_x, p_x);
-}
 
 // ---- One GPU thread a batch row: cuRAND, the decision and the search, all in one thread. Of a
 // warp's 32 lanes each reads a row of its own, so no load is coalesced, and one thread has only a
 // few loads in flight: at V = 128K it waits for memory nearly all of the time.
-
-__device__ float next_uniform(curandStatePhilox4_32_10_t* state) {
-  return to_uniform(curand(state));  // not curand_uniform, which is (0, 1]
-}
 
 template <typename T>
 __global__ void thread_per_row_kernel(const Params a) {
@@ -179,53 +84,39 @@ __global__ void thread_per_row_kernel(const Params a) {
   if (b >= a.batch_size) return;
 
   curandStatePhilox4_32_10_t state;
-  const Stream stream = a.uniforms ? Stream{} : stream_of(a, b);
-  if (!a.uniforms) curand_init(stream.seed, stream.subsequence, stream.position, &state);
-
-  const int64_t drafts = num_drafts(a, b);
-  int64_t accepted = 0, rejected_id = kPlaceholderTokenId;
-  for (; accepted < drafts; ++accepted) {
-    const int64_t id = draft_id(a, b, accepted);
-    if (id == kPlaceholderTokenId) break;
-    const float u = a.uniforms ? uniform(a, b, accepted) : next_uniform(&state);
-    if (!accepts_draft<T>(a, b, accepted, id, u)) {
-      rejected_id = id;
-      break;  // early exit: nothing after the first rejection is looked at
-    }
-    store_token(a, b, accepted, id);
+  if (!a.uniforms) {
+    const Stream stream = stream_of(a, b);
+    curand_init(stream.seed, stream.subsequence, stream.position, &state);
   }
-  for (int64_t k = accepted + 1; k <= a.spec_length; ++k) {
-    store_token(a, b, k, kPlaceholderTokenId);
-  }
-  a.num_accepted[b] = static_cast<int32_t>(accepted);
+  int64_t drawn = 0;
+  const auto next_uniform = [&] {
+    if (a.uniforms) return uniform(a, b, drawn++);
+    return to_uniform(curand(&state));  // not curand_uniform, which is (0, 1]
+  };
+  const Request<T> request(a, b);
+  const Decision<T> decision = decide(request, next_uniform);
 
   const float u = uniform(a, b, a.spec_length);
   const int vocab_size = static_cast<int>(a.vocab_size), tiles = num_tiles(vocab_size);
-  Row<T> row = row_at<T>(a, b, accepted, rejected_id);
+  Row<T> row = decision.row;
   int token = 0;  // where p has no mass at all
   for (int pass = 0; pass < 2; ++pass) {
+    const auto weight_at = [&](int i) { return i < vocab_size ? row(i) : 0.0f; };
     const auto sum_of_tile = [&](int tile) {
-      return tile_sum([&](int m) {
-        const int i = tile * kTile + m;
-        return i < vocab_size ? row(i) : 0.0f;
-      });
+      return tile_sum([&](int m) { return weight_at(tile * kTile + m); });
     };
     Spans spans;
     sum_spans(tiles, sum_of_tile, spans);
     const Pick tile = pick_in_spans(tiles, sum_of_tile, spans, u * spans.total());
     if (tile.item >= 0) {
-      const auto weight_at = [&](int m) {
-        const int i = tile.item * kTile + m;
-        return i < vocab_size ? row(i) : 0.0f;
-      };
-      sum_spans(kTile, weight_at, spans);
-      token = tile.item * kTile + pick_in_spans(kTile, weight_at, spans, tile.rest).item;
+      const auto weight_in_tile = [&](int m) { return weight_at(tile.item * kTile + m); };
+      sum_spans(kTile, weight_in_tile, spans);
+      token = tile.item * kTile + pick_in_spans(kTile, weight_in_tile, spans, tile.rest).item;
       break;
     }
-    row.q = nullptr;  // no residual: draw from p
-    row.one_hot = -1;
+    row = row.target();
   }
-  store_token(a, b, accepted, token);
+  request.store(decision.accepted, token);
 }
 
 // ---- The fast kernel. The blocks of a row each repeat the accept decision (two dependent loads,
@@ -271,7 +162,7 @@ __device__ __forceinline__ float warp_tile_sum(const Row<T>& row, int tile, int 
       for (int j = 0; j < vectors; ++j) {
 #pragma unroll
         for (int e = 0; e < vector; ++e) {
-          w[j][e] = weight(to_float(p[j].value[e]), to_float(q[j].value[e]));
+          w[j][e] = weight(static_cast<float>(p[j].value[e]), static_cast<float>(q[j].value[e]));
         }
       }
     } else {
@@ -280,7 +171,7 @@ __device__ __forceinline__ float warp_tile_sum(const Row<T>& row, int tile, int 
 #pragma unroll
         for (int e = 0; e < vector; ++e) {
           const int i = j * kWarp * vector + e;
-          w[j][e] = weight(to_float(p[j].value[e]), i == here.one_hot ? 1.0f : 0.0f);
+          w[j][e] = weight(static_cast<float>(p[j].value[e]), i == here.one_hot ? 1.0f : 0.0f);
         }
       }
     }
@@ -369,17 +260,16 @@ __device__ __forceinline__ int warp_pick_token(const Row<T>& row, const Pick& ti
 
 // One warp: the first draft that is not accepted, or the end of the drafts.
 template <typename T>
-__device__ __forceinline__ int64_t warp_decide(const Params& a, int64_t b, int lane, Row<T>* row) {
-  const int64_t drafts = num_drafts(a, b);
+__device__ __forceinline__ Decision<T> warp_decide(const Request<T>& request, int lane) {
+  const Params& a = *request.params;
   for (int64_t first = 0;; first += kWarp) {
     const int64_t k = first + lane;
-    const int64_t id = k < drafts ? draft_id(a, b, k) : kPlaceholderTokenId;
-    const bool accepted = id >= 0 && accepts_draft<T>(a, b, k, id, uniform(a, b, k));
+    const int64_t id = k < request.drafts ? request.id(k) : kPlaceholderTokenId;
+    const bool accepted = request.accepts_draft(k, id, [&] { return uniform(a, request.b, k); });
     const unsigned stops = __ballot_sync(kAllLanes, !accepted);
     if (stops) {
       const int stop = __ffs(stops) - 1;
-      *row = row_at<T>(a, b, first + stop, __shfl_sync(kAllLanes, id, stop));
-      return first + stop;
+      return {first + stop, request.row(first + stop, __shfl_sync(kAllLanes, id, stop))};
     }
   }
 }
@@ -393,8 +283,7 @@ __global__ void __launch_bounds__(kMaxWarps* kWarp, kResidentBlocks)
     fused_kernel(const Params a, int blocks_per_row, float* workspace) {
   // A copy of the row's tile sums for each block: no block waits for another's reads.
   FR_DYNAMIC_SHARED(float, shared_sums);  // [2][tiles] in a cluster
-  __shared__ Row<T> decided;
-  __shared__ int64_t accepted;
+  __shared__ Decision<T> decision;
   __shared__ float recovery_uniform;
   __shared__ bool picked;
 
@@ -403,13 +292,12 @@ __global__ void __launch_bounds__(kMaxWarps* kWarp, kResidentBlocks)
   const int64_t b = blockIdx.x / blocks_per_row;
   const int rank = blockIdx.x % blocks_per_row;
   const int vocab_size = static_cast<int>(a.vocab_size), tiles = num_tiles(vocab_size);
+  const Request<T> request(a, b);
   if (warp == 0) {
     const float u = uniform(a, b, a.spec_length);
-    Row<T> row;
-    const int64_t k = warp_decide(a, b, lane, &row);
+    const Decision<T> decided = warp_decide(request, lane);
     if (lane == 0) {
-      decided = row;
-      accepted = k;
+      decision = decided;
       recovery_uniform = u;
     }
   }
@@ -417,16 +305,15 @@ __global__ void __launch_bounds__(kMaxWarps* kWarp, kResidentBlocks)
   // No block writes into another's shared memory before that block has started.
   if (step == Step::kInCluster) cluster_wait();
 
+  const int64_t accepted = decision.accepted;
   if (step != Step::kSum && rank == 0 && warp == warps - 1) {
     for (int64_t k = lane; k <= a.spec_length; k += kWarp) {
-      if (k != accepted) {
-        store_token(a, b, k, k < accepted ? draft_id(a, b, k) : kPlaceholderTokenId);
-      }
+      if (k != accepted) request.store(k, k < accepted ? request.id(k) : kPlaceholderTokenId);
     }
     if (lane == 0) a.num_accepted[b] = static_cast<int32_t>(accepted);
   }
 
-  Row<T> row = decided;
+  Row<T> row = decision.row;
   for (int pass = 0; pass < 2; ++pass) {
     float* sums = step == Step::kInCluster ? shared_sums + pass * tiles : workspace + b * tiles;
     if (step != Step::kSelect || pass > 0) {
@@ -454,16 +341,15 @@ __global__ void __launch_bounds__(kMaxWarps* kWarp, kResidentBlocks)
         // The block that summed the tile finds it in its own L1.
         if (tile.item / warps % blocks_per_row == rank) {
           const int token = warp_pick_token(row, tile, vocab_size, lane);
-          if (lane == 0) store_token(a, b, accepted, token);
+          if (lane == 0) request.store(accepted, token);
         }
       } else if (pass == 1 && rank == 0 && lane == 0) {
-        store_token(a, b, accepted, 0);  // p has no mass either
+        request.store(accepted, 0);  // p has no mass either
       }
     }
     __syncthreads();
     if (picked) return;
-    row.q = nullptr;  // no residual: draw from p
-    row.one_hot = -1;
+    row = row.target();  // no residual: draw from p
   }
 }
 
