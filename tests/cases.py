@@ -21,7 +21,10 @@ def on_every_device(*extra, cpu=ON_CPU, cuda=ON_CUDA):
 
 
 def to_device(case, device):
-    return {key: value if value is None else value.to(device) for key, value in case.items()}
+    return {
+        key: value.to(device) if isinstance(value, torch.Tensor) else value
+        for key, value in case.items()
+    }
 
 
 def poison_allocator(device, *shapes):
@@ -94,4 +97,22 @@ def make_case(batch_size, spec_length, vocab_size, *, dtype=torch.float32, scale
         "draft_probs": draft,
         "target_probs": target,
         "uniforms": torch.rand(batch_size, spec_length + 1, generator=g),
+    }
+
+
+def flatten(case):
+    """A padded case with num_draft_tokens (each at most K) as rejection_sample_flattened's
+    arguments: the same requests, the rows without a draft left out."""
+    ids, q, p = case["draft_token_ids"], case["draft_probs"], case["target_probs"]
+    batch_size, spec_length = ids.shape
+    lengths = case["num_draft_tokens"].clamp(max=spec_length)
+    kept = torch.arange(spec_length) < lengths[:, None]
+    return {
+        "draft_token_ids": ids[kept],
+        "cu_num_draft_tokens": lengths.cumsum(0).int(),
+        "draft_probs": None if q is None else q[kept],
+        "target_probs": p[:, :spec_length][kept],
+        "bonus_probs": p[torch.arange(batch_size), lengths.long()],
+        "max_spec_length": spec_length,
+        "uniforms": case["uniforms"],
     }

@@ -7,7 +7,7 @@ import torch
 
 from src import oracle, samplers
 from tests import emulation
-from tests.cases import degenerate_case, make_case
+from tests.cases import degenerate_case, flatten, make_case, ragged
 
 pytestmark = pytest.mark.skipif(
     emulation.compiler() is None, reason="the emulation wants Linux and a C++ compiler"
@@ -98,3 +98,13 @@ def test_tile_sums_follow_the_documented_order(vocab_size):
     assert np.array_equal(by_warp.numpy(), sums[:, 0])
     unaligned = torch.cat([p[:1], p])[1:]
     assert np.array_equal(emulation.tile_sums(unaligned, q)[1].numpy(), sums[:, 0])
+
+
+def test_the_flattened_layout_gives_the_padded_ones_tokens():
+    case = ragged(make_case(7, 5, 1000))
+    expected = samplers.get("cpp").load()(**case)
+    flat = flatten(case)
+    for kernel, blocks in LAUNCHES:
+        output = emulation.flattened_sampler(kernel, blocks)(**flat)
+        for ours, cpp in zip(output, expected, strict=True):
+            assert torch.equal(ours, cpp), (kernel, blocks)

@@ -7,8 +7,9 @@ import pytest
 import torch
 
 from src import samplers
+from src.contract import SamplerOutput
 from src.cuda import fused_sampler
-from tests.cases import make_case, on_every_device, ragged, to_device
+from tests.cases import flatten, make_case, on_every_device, ragged, to_device
 
 OPERATORS = {
     "cpp": "rejection_sample",
@@ -16,6 +17,10 @@ OPERATORS = {
     "cuda-thread-per-row": "rejection_sample_thread_per_row",
 }
 on_every_extension = on_every_device(cpu=["cpp"], cuda=["cuda", "cuda-thread-per-row"])
+EXTENSION = {"cpu": "cpp", "cuda": "cuda"}
+on_both_layouts = pytest.mark.parametrize(
+    "device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
+)
 
 
 def positional(case):
@@ -28,6 +33,63 @@ def test_opcheck_passes(name, device):
     operator = getattr(torch.ops.fused_rejection, OPERATORS[name]).default
     for case in (make_case(3, 4, 600), ragged(make_case(7, 5, 100, dtype=torch.bfloat16))):
         torch.library.opcheck(operator, positional(to_device(case, device)))
+
+
+@on_both_layouts
+def test_opcheck_passes_for_out_and_the_flattened_layout(device):
+    case = to_device(make_case(3, 4, 600), device)
+    out = samplers.get(EXTENSION[device]).load(device)(**case)
+    operators = torch.ops.fused_rejection
+    torch.library.opcheck(operators.rejection_sample_out.default, (*positional(case), *out))
+    flat = to_device(flatten(ragged(make_case(7, 5, 100))), device)
+    arguments = (*flat.values(), None, None, None)
+    torch.library.opcheck(operators.rejection_sample_flattened.default, arguments)
+
+
+@pytest.mark.parametrize("one_hot", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@on_both_layouts
+def test_the_flattened_layout_gives_the_padded_ones_tokens(device, dtype, one_hot):
+    samplers.get(EXTENSION[device]).load(device)
+    case = ragged(make_case(7, 5, 1000, dtype=dtype))
+    if one_hot:
+        case["draft_probs"] = None
+    padded = samplers.get("cpp").load()(**case)
+    flat = fused_sampler.rejection_sample_flattened(**to_device(flatten(case), device))
+    for ours, expected in zip(flat, padded, strict=True):
+        assert torch.equal(ours.cpu(), expected)
+
+
+@on_both_layouts
+def test_the_flattened_layout_survives_ends_that_are_wrong(device):
+    samplers.get(EXTENSION[device]).load(device)
+    flat = flatten(ragged(make_case(7, 5, 100)))
+    for ends in ([-5, 1, 900, 3, -1, 10_000, 2], [2**31 - 1] * 7, [-(2**31)] * 7, [0] * 7):
+        flat["cu_num_draft_tokens"] = torch.tensor(ends, dtype=torch.int32)
+        output = fused_sampler.rejection_sample_flattened(**to_device(flat, device))
+        assert output.token_ids.max() < 100 and output.token_ids[:, 0].min() >= 0
+    flat["max_spec_length"] = 2  # of more drafts the first two count
+    output = fused_sampler.rejection_sample_flattened(
+        **{**to_device(flat, device), "uniforms": torch.zeros(7, 3, device=device)}
+    )
+    assert output.token_ids.shape == (7, 3)
+    with pytest.raises(ValueError, match=r"bonus_probs has shape \[7, 100\]; wanted \[6, 100\]"):
+        flat["cu_num_draft_tokens"] = flat["cu_num_draft_tokens"][:6]
+        fused_sampler.rejection_sample_flattened(**{**to_device(flat, device), "uniforms": None})
+
+
+@on_both_layouts
+def test_out_is_written_in_place_and_checked(device):
+    sample = samplers.get(EXTENSION[device]).load(device)
+    case = to_device(make_case(3, 4, 600), device)
+    expected = sample(**case)
+    out = SamplerOutput(*(torch.full_like(tensor, -77) for tensor in expected))
+    result = sample(**case, out=out)
+    assert result.token_ids is out.token_ids and torch.equal(out.token_ids, expected.token_ids)
+    assert torch.equal(out.num_accepted, expected.num_accepted)
+    wrong = out._replace(token_ids=out.token_ids[:, :4])
+    with pytest.raises(ValueError, match=r"out has token_ids \[3, 4\] .*; wanted .* \[3, 5\]"):
+        sample(**case, out=wrong)
 
 
 @on_every_extension

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import torch
 
-from src.contract import SamplerOutput, validate
+from src.contract import SamplerOutput, validate, validate_flattened
 from src.cuda.csrc.compile_check import find_nvcc, include_folders
 
 FOLDER = Path(__file__).resolve().parent
@@ -80,37 +80,72 @@ def curand_flags() -> list[str] | None:
 
 def sampler(kernel: str, blocks_per_row: int = 1, schedule: int = 0):
     """A sampler of the contract over the emulated `kernel`, its threads in an order of its own for
-    each `schedule`. generator= stands for a Philox state of seed and offset 0."""
+    each `schedule`."""
 
     def rejection_sample(draft_token_ids, draft_probs, target_probs, **options):
         shape = validate(draft_token_ids, draft_probs, target_probs, **options)
-        options.pop("generator", None)
-        small = {name: t.contiguous() for name, t in options.items() if t is not None}
-        ids = draft_token_ids.contiguous()
-        token_ids = ids.new_full((shape.batch_size, shape.spec_length + 1), POISON)
-        num_accepted = torch.full((shape.batch_size,), POISON, dtype=torch.int32)
-        params = _Params(
-            *shape,
-            dtype=DTYPES.index(target_probs.dtype),
-            ids_are_int64=ids.dtype == torch.int64,
-            draft_token_ids=ids.data_ptr(),
-            target_probs=target_probs.data_ptr(),
-            target_row_stride=target_probs.stride(0),
-            target_position_stride=target_probs.stride(1),
-            token_ids=token_ids.data_ptr(),
-            num_accepted=num_accepted.data_ptr(),
-            **{name: tensor.data_ptr() for name, tensor in small.items()},
-        )
-        if draft_probs is not None:
-            params.draft_probs = draft_probs.data_ptr()
-            params.draft_row_stride, params.draft_position_stride = draft_probs.stride()[:2]
-        status = library("emulate.cpp").emulate(
-            ctypes.byref(params), KERNELS.index(kernel), blocks_per_row, schedule
-        )
-        assert status == 0, f"the emulated {kernel} kernel does not end"
-        return SamplerOutput(token_ids, num_accepted)
+        strides = {
+            "target_row_stride": target_probs.stride(0),
+            "draft_row_stride": 0 if draft_probs is None else draft_probs.stride(0),
+        }
+        arguments = (shape, draft_token_ids, draft_probs, target_probs)
+        return _emulate((kernel, blocks_per_row, schedule), *arguments, strides, **options)
 
     return rejection_sample
+
+
+def flattened_sampler(kernel: str, blocks_per_row: int = 1, schedule: int = 0):
+    """The same for rejection_sample_flattened."""
+
+    def rejection_sample_flattened(
+        draft_token_ids,
+        cu_num_draft_tokens,
+        draft_probs,
+        target_probs,
+        bonus_probs,
+        max_spec_length,
+        **options,
+    ):
+        arguments = (draft_token_ids, cu_num_draft_tokens, draft_probs, target_probs, bonus_probs)
+        shape = validate_flattened(*arguments, max_spec_length, **options)
+        layout = {
+            "draft_ends": cu_num_draft_tokens.data_ptr(),
+            "num_flat": len(draft_token_ids),
+            "bonus_probs": bonus_probs.data_ptr(),
+            "bonus_row_stride": bonus_probs.stride(0),
+        }
+        launch = (kernel, blocks_per_row, schedule)
+        arguments = (shape, draft_token_ids, draft_probs, target_probs, layout)
+        return _emulate(launch, *arguments, **options)
+
+    return rejection_sample_flattened
+
+
+def _emulate(launch, shape, ids, draft_probs, target_probs, layout, **options):
+    kernel, blocks_per_row, schedule = launch
+    small = {name: t.contiguous() for name, t in options.items() if t is not None}
+    ids = ids.contiguous()
+    token_ids = ids.new_full((shape.batch_size, shape.spec_length + 1), POISON)
+    num_accepted = torch.full((shape.batch_size,), POISON, dtype=torch.int32)
+    params = _Params(
+        *shape,
+        dtype=DTYPES.index(target_probs.dtype),
+        ids_are_int64=ids.dtype == torch.int64,
+        draft_token_ids=ids.data_ptr(),
+        target_probs=target_probs.data_ptr(),
+        target_position_stride=target_probs.stride(-2),
+        token_ids=token_ids.data_ptr(),
+        num_accepted=num_accepted.data_ptr(),
+        **layout,
+        **{name: tensor.data_ptr() for name, tensor in small.items()},
+    )
+    if draft_probs is not None:
+        params.draft_probs = draft_probs.data_ptr()
+        params.draft_position_stride = draft_probs.stride(-2)
+    emulate = library("emulate.cpp").emulate
+    status = emulate(ctypes.byref(params), KERNELS.index(kernel), blocks_per_row, schedule)
+    assert status == 0, f"the emulated {kernel} kernel does not end"
+    return SamplerOutput(token_ids, num_accepted)
 
 
 def tile_sums(p: torch.Tensor, q: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
