@@ -6,6 +6,7 @@ import torch
 
 from src import oracle, philox, samplers
 from src.contract import SamplerOutput
+from src.cuda import floor
 from tests.cases import make_case, poison_allocator, ragged, to_device
 
 pytestmark = pytest.mark.gpu
@@ -141,3 +142,21 @@ def test_a_second_device_is_used_where_the_tensors_are():
     assert output.token_ids.device == torch.device("cuda:1")
     tokens = (tensor.cpu() for tensor in output)
     assert not oracle.disagreements(*tokens, oracle.rejection_sample(**case))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_the_floor_reads_the_rows_that_a_verification_needs(dtype):
+    case = to_device(make_case(6, 3, 4096, dtype=dtype), "cuda")
+    output = samplers.get("cuda").load("cuda")(**case)
+    rejected = output.num_accepted < 3
+    q, p = case["draft_probs"], case["target_probs"]
+    rows = floor.needed_rows(q, p, output.num_accepted, rejected)
+    q = q.view(torch.float32) if dtype != torch.float32 else q
+    words = p.view(torch.float32) if dtype != torch.float32 else p
+    for blocks in (1, 3, 16):
+        sums = floor.read_rows(case["draft_probs"], p, rows, blocks).view(6, -1).double().sum(1)
+        for b, k in enumerate(output.num_accepted.tolist()):
+            expected = words[b, k].double().sum()
+            if rejected[b]:
+                expected = expected + q[b, k].double().sum()
+            assert torch.allclose(sums[b], expected, rtol=1e-4, equal_nan=True)

@@ -54,15 +54,14 @@ def main() -> int:
     if not binding_compiles(nvcc):
         return 1
     spilled = False
+    kernels = sorted(HERE.glob("*_kernel.cu"))
     for architecture in sys.argv[1:] or ARCHITECTURES:
         number = architecture.replace(".", "")
         target = f"-gencode=arch=compute_{number},code=sm_{number}"
+        command = [nvcc, "-c", "-O3", "-std=c++20", "--fmad=false", "-Xptxas=-v", target, *includes]
         with tempfile.TemporaryDirectory() as folder:
             result = subprocess.run(
-                [nvcc, "-c", "-O3", "-std=c++20", "--fmad=false", "-Xptxas=-v", target, *includes]
-                + [str(HERE / "fused_rejection_kernel.cu"), "-o", str(Path(folder, "kernel.o"))],
-                capture_output=True,
-                text=True,
+                [*command, *map(str, kernels), "-odir", folder], capture_output=True, text=True
             )
         log = result.stdout + result.stderr
         if result.returncode != 0:
@@ -81,6 +80,8 @@ def main() -> int:
 
 
 def describe(mangled: str) -> str:
+    if "floor_kernel" in mangled:
+        return "floor_kernel"
     kernel = FAST if FAST in mangled else "thread_per_row_kernel"
     dtype = DTYPES[re.search(kernel + r"I(?:NS0_)?(8BFloat16|7Float16|f)", mangled)[1]]
     step = re.search(r"StepE(\d)", mangled)

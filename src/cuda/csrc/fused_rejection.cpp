@@ -347,6 +347,31 @@ Output rejection_sample_thread_per_row(const at::Tensor& ids, const OptionalTens
   return output;
 }
 
+at::Tensor read_rows(const OptionalTensor& draft_probs, const at::Tensor& target_probs,
+                     const at::Tensor& rows, int64_t blocks_per_row) {
+  const auto aligned = [](const at::Tensor& probs) {
+    bool all = reinterpret_cast<uintptr_t>(probs.const_data_ptr()) % 16 == 0;
+    for (const int64_t d : {0, 1}) all &= probs.stride(d) * probs.element_size() % 16 == 0;
+    return all;
+  };
+  check(target_probs.dim() == 3 && aligned(target_probs), "target_probs");
+  check(!draft_probs || (draft_probs->dim() == 3 && aligned(*draft_probs)), "draft_probs");
+  check(rows.sizes() == at::IntArrayRef({target_probs.size(0), 2}) && rows.is_contiguous() &&
+            rows.scalar_type() == at::kLong,
+        "rows");
+  check(blocks_per_row > 0 && blocks_per_row <= 1024, "blocks_per_row");
+  const c10::cuda::CUDAGuard guard(target_probs.device());
+  constexpr int64_t warps_per_block = 16;
+  at::Tensor sums = at::empty({target_probs.size(0) * blocks_per_row * warps_per_block},
+                              rows.options().dtype(at::kFloat));
+  check_cuda(launch_floor(
+      target_probs.const_data_ptr(), draft_probs ? draft_probs->const_data_ptr() : nullptr,
+      rows.const_data_ptr<int64_t>(), target_probs.size(0),
+      target_probs.size(2) * target_probs.element_size(), static_cast<int>(blocks_per_row),
+      sums.mutable_data_ptr<float>(), c10::cuda::getCurrentCUDAStream().stream()));
+  return sums;
+}
+
 void sample_on_cuda(const Arguments& a, const Output& output) {
   launch_on_device(a, output, [&](const Params& params, void* stream) {
     launch_planned(params, Exchange::kAuto, 0, a, stream);
@@ -429,6 +454,9 @@ TORCH_LIBRARY(fused_rejection, m) {
   // ladder.
   m.def("rejection_sample_planned(" FR_ARGUMENTS ", str exchange, int blocks_per_row)" FR_RESULT,
         tags);
+  m.def(
+      "read_rows(Tensor? draft_probs, Tensor target_probs, Tensor rows, int blocks_per_row) "
+      "-> Tensor");
 }
 
 TORCH_LIBRARY_IMPL(fused_rejection, CPU, m) {
@@ -440,6 +468,7 @@ TORCH_LIBRARY_IMPL(fused_rejection, CUDA, m) {
   fused_rejection::implement<&fused_rejection::sample_on_cuda>(m);
   m.impl("rejection_sample_thread_per_row", &fused_rejection::rejection_sample_thread_per_row);
   m.impl("rejection_sample_planned", &fused_rejection::rejection_sample_planned);
+  m.impl("read_rows", &fused_rejection::read_rows);
 }
 #endif
 

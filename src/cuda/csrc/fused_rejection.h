@@ -328,6 +328,11 @@ int plan_fused(const Params& params, Exchange exchange, int blocks_per_row, Plan
 int launch_fused(const Params& params, const Plan& plan, void* workspace, void* stream);
 int launch_thread_per_row(const Params& params, void* stream);
 
+// Only reads rows: `rows` [B, 2] are byte offsets into target and draft, -1 for no draft row.
+// `sums` gets blocks_per_row * 16 floats a request. For measuring; see floor_kernel.cu.
+int launch_floor(const void* target, const void* draft, const int64_t* rows, int64_t batch_size,
+                 int64_t row_bytes, int blocks_per_row, float* sums, void* stream);
+
 const char* cuda_error_string(int error);
 
 }  // namespace fused_rejection

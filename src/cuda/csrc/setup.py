@@ -13,7 +13,7 @@ from setuptools import setup
 from torch.utils.cpp_extension import CUDA_HOME, BuildExtension, CppExtension, CUDAExtension
 
 NAME = "fused_rejection_C"
-BINDING, KERNELS = "fused_rejection.cpp", "fused_rejection_kernel.cu"
+BINDING, KERNELS = "fused_rejection.cpp", ["fused_rejection_kernel.cu", "floor_kernel.cu"]
 EVERY_ARCHITECTURE = "8.0;8.6;9.0;12.0+PTX"
 # No contraction of a * b + c: tokens are bit-identical on every machine.
 CXX_FLAGS = (
@@ -38,7 +38,7 @@ def extension():
         os.environ.setdefault("TORCH_CUDA_ARCH_LIST", EVERY_ARCHITECTURE)
     return CUDAExtension(
         NAME,
-        [BINDING, KERNELS],
+        [BINDING, *KERNELS],
         define_macros=[("WITH_CUDA", None)],
         extra_compile_args={"cxx": CXX_FLAGS, "nvcc": NVCC_FLAGS},
     )
