@@ -12,6 +12,7 @@ PYTHON_PATH = $(if $(SETUP),$(abspath $(PY)),$(PY))
 CSRC := src/cuda/csrc
 HAS_CURAND = $(PY) -c "import glob, sysconfig as s, sys; sys.exit(not glob.glob(s.get_path('purelib') + '/nvidia/*/include/curand_kernel.h'))"
 CXX_SOURCES := $(wildcard $(CSRC)/*.cpp $(CSRC)/*.h $(CSRC)/*.cu)
+CXX_TESTS := $(wildcard tests/emulation/*.cpp tests/emulation/*.h examples/cpp/*.cu)
 BUILT := $(CSRC)/build/.built
 
 .PHONY: demo test test-gpu cuda-check build lint clean
@@ -32,7 +33,7 @@ cuda-check: $(SETUP)
 lint: $(SETUP)
 	$(PY) -m ruff check .
 	$(PY) -m ruff format --check .
-	$(PY) -c "import clang_format; clang_format.clang_format()" --dry-run --Werror $(CXX_SOURCES) tests/emulation/*.cpp tests/emulation/*.h
+	$(PY) -c "import clang_format; clang_format.clang_format()" --dry-run --Werror $(CXX_SOURCES) $(CXX_TESTS)
 
 build: $(BUILT)
 

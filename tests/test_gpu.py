@@ -1,15 +1,21 @@
 """What only a CUDA card can show: launches, streams, graphs, large tensors, and the C++ kernel's
 tokens bit for bit."""
 
+import subprocess
+from pathlib import Path
+
 import pytest
 import torch
 
 from src import oracle, philox, samplers
 from src.contract import SamplerOutput
 from src.cuda import floor
+from src.cuda.csrc.compile_check import find_nvcc, include_folders
+from tests import emulation
 from tests.cases import make_case, poison_allocator, ragged, to_device
 
 pytestmark = pytest.mark.gpu
+ROOT = Path(__file__).resolve().parent.parent
 KERNELS = ["cuda", "cuda-thread-per-row"]
 
 
@@ -160,3 +166,16 @@ def test_the_floor_reads_the_rows_that_a_verification_needs(dtype):
             if rejected[b]:
                 expected = expected + q[b, k].double().sum()
             assert torch.allclose(sums[b], expected, rtol=1e-4, equal_nan=True)
+
+
+def test_the_example_without_python_runs(tmp_path):
+    nvcc = find_nvcc()
+    if nvcc is None:
+        pytest.skip("wants nvcc")
+    csrc = emulation.CSRC
+    sources = [ROOT / "examples" / "cpp" / "verify.cu", csrc / "fused_rejection_kernel.cu"]
+    program = tmp_path / "verify"
+    command = [nvcc, "-std=c++20", "--fmad=false", "-arch=native", f"-I{csrc}", *map(str, sources)]
+    includes = [f"-I{folder}" for folder in include_folders(nvcc)]
+    subprocess.run([*command, *includes, "-o", str(program)], check=True)
+    assert subprocess.check_output([str(program)], text=True) == "3 4 5 6\n3 7 -1 -1\n"

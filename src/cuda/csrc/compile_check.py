@@ -54,11 +54,13 @@ def main() -> int:
     if not binding_compiles(nvcc):
         return 1
     spilled = False
-    kernels = sorted(HERE.glob("*_kernel.cu"))
+    example = HERE.parent.parent.parent / "examples" / "cpp" / "verify.cu"
+    kernels = [*sorted(HERE.glob("*_kernel.cu")), example]
     for architecture in sys.argv[1:] or ARCHITECTURES:
         number = architecture.replace(".", "")
         target = f"-gencode=arch=compute_{number},code=sm_{number}"
-        command = [nvcc, "-c", "-O3", "-std=c++20", "--fmad=false", "-Xptxas=-v", target, *includes]
+        command = [nvcc, "-c", "-O3", "-std=c++20", "--fmad=false", "-Xptxas=-v", target]
+        command += [f"-I{HERE}", *includes]
         with tempfile.TemporaryDirectory() as folder:
             result = subprocess.run(
                 [*command, *map(str, kernels), "-odir", folder], capture_output=True, text=True
