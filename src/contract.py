@@ -32,6 +32,13 @@ class SamplerOutput(NamedTuple):
     num_accepted: torch.Tensor
 
 
+class SampledTokens(NamedTuple):
+    """What sample_from_logits returns: token_ids [B] int64 and logsumexp [B] float64."""
+
+    token_ids: torch.Tensor
+    logsumexp: torch.Tensor
+
+
 class SamplerUnavailable(RuntimeError):
     """A sampler that cannot run here: `reason` says why, `command` what mends it (or None)."""
 
@@ -120,6 +127,88 @@ def validate_flattened(
     return Shape(batch_size, max_spec_length, vocab_size)
 
 
+def validate_logits(
+    draft_token_ids: torch.Tensor,
+    target_logits: torch.Tensor,
+    *,
+    draft_logits: torch.Tensor | None = None,
+    draft_probs: torch.Tensor | None = None,
+    draft_logsumexp: torch.Tensor | None = None,
+    temperature: torch.Tensor | None = None,
+    top_k: torch.Tensor | None = None,
+    top_p: torch.Tensor | None = None,
+    min_p: torch.Tensor | None = None,
+    num_draft_tokens: torch.Tensor | None = None,
+    uniforms: torch.Tensor | None = None,
+    seeds: torch.Tensor | None = None,
+    offsets: torch.Tensor | None = None,
+    generator: torch.Generator | None = None,
+) -> Shape:
+    """validate for rejection_sample_from_logits; raises as it does."""
+    _check("draft_token_ids", draft_token_ids, TOKEN_DTYPES, ndim=2)
+    _check("target_logits", target_logits, PROBABILITY_DTYPES, ndim=3)
+    batch_size, spec_length = draft_token_ids.shape
+    vocab_size = target_logits.shape[2]
+    _check_shape("target_logits", target_logits, (batch_size, spec_length + 1, vocab_size))
+    dtype, drafts = (target_logits.dtype,), (batch_size, spec_length, vocab_size)
+    _check_together(
+        target_logits,
+        [
+            ("draft_token_ids", draft_token_ids, TOKEN_DTYPES, (batch_size, spec_length)),
+            ("draft_logits", draft_logits, dtype, drafts),
+            ("draft_probs", draft_probs, dtype, drafts),
+            ("draft_logsumexp", draft_logsumexp, (torch.float64,), (batch_size, spec_length)),
+            *_parameters(batch_size, temperature, top_k, top_p, min_p),
+            ("num_draft_tokens", num_draft_tokens, (torch.int32,), (batch_size,)),
+            *_randomness(batch_size, spec_length, uniforms, seeds, offsets),
+        ],
+        name="target_logits",
+    )
+    if draft_logits is not None and draft_probs is not None:
+        raise ValueError("draft_logits and draft_probs were given; wanted one of them or neither")
+    if draft_logsumexp is not None and draft_logits is None:
+        raise ValueError("draft_logsumexp came without draft_logits; wanted both or neither")
+    _check_one_source(uniforms, seeds, offsets, generator)
+    return Shape(batch_size, spec_length, vocab_size)
+
+
+def validate_sample(
+    logits: torch.Tensor,
+    *,
+    temperature: torch.Tensor | None = None,
+    top_k: torch.Tensor | None = None,
+    top_p: torch.Tensor | None = None,
+    min_p: torch.Tensor | None = None,
+    uniforms: torch.Tensor | None = None,
+    seeds: torch.Tensor | None = None,
+    offsets: torch.Tensor | None = None,
+    generator: torch.Generator | None = None,
+) -> None:
+    """validate for sample_from_logits; raises as it does."""
+    _check("logits", logits, PROBABILITY_DTYPES, ndim=2)
+    rows = (logits.shape[0],)
+    _check_together(
+        logits,
+        [
+            *_parameters(rows[0], temperature, top_k, top_p, min_p),
+            ("uniforms", uniforms, (torch.float32,), rows),
+            ("seeds", seeds, (torch.int64,), rows),
+            ("offsets", offsets, (torch.int64,), rows),
+        ],
+        name="logits",
+    )
+    _check_one_source(uniforms, seeds, offsets, generator)
+
+
+def _parameters(batch_size, temperature, top_k, top_p, min_p):
+    return [
+        ("temperature", temperature, (torch.float32,), (batch_size,)),
+        ("top_k", top_k, (torch.int32,), (batch_size,)),
+        ("top_p", top_p, (torch.float32,), (batch_size,)),
+        ("min_p", min_p, (torch.float32,), (batch_size,)),
+    ]
+
+
 def _randomness(batch_size, spec_length, uniforms, seeds, offsets):
     return [
         ("uniforms", uniforms, (torch.float32,), (batch_size, spec_length + 1)),
@@ -128,29 +217,25 @@ def _randomness(batch_size, spec_length, uniforms, seeds, offsets):
     ]
 
 
-def _check_together(target_probs, rest) -> None:
-    vocab_size = target_probs.shape[-1]
+def _check_together(first, rest, name="target_probs") -> None:
+    """The tensors of `rest`, as (name, tensor or None, dtypes, shape), against `first`."""
+    vocab_size = first.shape[-1]
     if not 1 <= vocab_size <= MAX_VOCAB_SIZE:
-        raise ValueError(
-            f"target_probs has vocab size {vocab_size}; wanted 1 to {MAX_VOCAB_SIZE} tokens"
-        )
-    for name, tensor, dtypes, shape in rest:
-        if tensor is not None:
-            _check(name, tensor, dtypes, ndim=len(shape))
-            _check_shape(name, tensor, shape)
-    for name, tensor in [("target_probs", target_probs), *(entry[:2] for entry in rest)]:
-        if tensor is None:
-            continue
-        if name.endswith("_probs") and tensor.numel() and vocab_size > 1:
-            if tensor.stride(-1) != 1:
-                raise ValueError(
-                    f"{name} has stride {tensor.stride(-1)} along the vocabulary; wanted 1: "
-                    f"call {name}.contiguous()"
-                )
-        if tensor.device != target_probs.device:
+        raise ValueError(f"{name} has vocab size {vocab_size}; wanted 1 to {MAX_VOCAB_SIZE} tokens")
+    given = [entry for entry in rest if entry[1] is not None]
+    for argument, tensor, dtypes, shape in given:
+        _check(argument, tensor, dtypes, ndim=len(shape))
+        _check_shape(argument, tensor, shape)
+    for argument, tensor in [(name, first), *(entry[:2] for entry in given)]:
+        is_row = argument.endswith(("probs", "logits")) and tensor.numel() and vocab_size > 1
+        if is_row and tensor.stride(-1) != 1:
             raise ValueError(
-                f"{name} is on {tensor.device} and target_probs on {target_probs.device}; "
-                "wanted one device"
+                f"{argument} has stride {tensor.stride(-1)} along the vocabulary; wanted 1: "
+                f"call {argument}.contiguous()"
+            )
+        if tensor.device != first.device:
+            raise ValueError(
+                f"{argument} is on {tensor.device} and {name} on {first.device}; wanted one device"
             )
 
 

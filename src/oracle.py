@@ -13,16 +13,21 @@ from src.contract import MAX_WEIGHT, PLACEHOLDER_TOKEN_ID
 # u * total than this share of the total. The accept decision has no such allowance: every sampler
 # evaluates it exactly, since the product of two float32 is exact in float64.
 CDF_EPSILON = 1e-6
+# From logits, float32 exponentials move both edges: by a relative 2^-24 of each exponent, which is
+# at most 88 in absolute value where it matters.
+LOGITS_EPSILON = 1e-5
 
 
 class OracleOutput(NamedTuple):
     """token_ids [B, K+1] int64 and num_accepted [B] int32, as in the contract; per row the weights
-    [V] float64 that the last token was drawn from, and the uniform that drew it."""
+    [V] float64 that the last token was drawn from, the uniform that drew it, and how near the
+    nearest accept decision was: the least |u q - p| / max(u q, p)."""
 
     token_ids: np.ndarray
     num_accepted: np.ndarray
     weights: list[np.ndarray]
     recovery_uniforms: list[float]
+    accept_margins: list[float]
 
 
 def rejection_sample(
@@ -41,13 +46,16 @@ def rejection_sample(
     token_ids = np.full((batch_size, spec_length + 1), PLACEHOLDER_TOKEN_ID, dtype=np.int64)
     num_accepted = np.zeros(batch_size, dtype=np.int32)
     weights: list[np.ndarray] = []
+    margins = [np.inf] * batch_size
     for b in range(batch_size):
         accepted, rejected = 0, False
         while accepted < lengths[b] and ids[b, accepted] != PLACEHOLDER_TOKEN_ID:
             x = ids[b, accepted]
             in_vocab = 0 <= x < vocab_size
             q_x = 1.0 if q is None else (q[b, accepted, x] if in_vocab else np.nan)
-            if not (in_vocab and u[b, accepted] * q_x < p[b, accepted, x]):
+            p_x = p[b, accepted, x] if in_vocab else np.nan
+            margins[b] = min(margins[b], _margin(u[b, accepted] * q_x, p_x))
+            if not u[b, accepted] * q_x < p_x:
                 rejected = True
                 break
             token_ids[b, accepted] = x
@@ -68,7 +76,93 @@ def rejection_sample(
         token_ids[b, accepted] = draw(row, u[b, spec_length])
         num_accepted[b] = accepted
         weights.append(row)
-    return OracleOutput(token_ids, num_accepted, weights, [float(x) for x in u[:, spec_length]])
+    recovery = [float(x) for x in u[:, spec_length]]
+    return OracleOutput(token_ids, num_accepted, weights, recovery, margins)
+
+
+def rejection_sample_from_logits(
+    draft_token_ids,
+    target_logits,
+    *,
+    uniforms,
+    draft_logits=None,
+    draft_probs=None,
+    num_draft_tokens=None,
+    draft_logsumexp=None,
+    **parameters,
+) -> OracleOutput:
+    """rejection_sample of the distributions that `probabilities` makes of both sides' logits.
+    draft_logsumexp only saves a kernel work: it is not read here."""
+    q = draft_probs
+    if draft_logits is not None:
+        q = probabilities(draft_logits, **parameters)
+    p = probabilities(target_logits, **parameters)
+    return rejection_sample(
+        draft_token_ids, q, p, uniforms=uniforms, num_draft_tokens=num_draft_tokens
+    )
+
+
+def sample_from_logits(logits, *, uniforms, **parameters) -> tuple[np.ndarray, np.ndarray]:
+    """token_ids [B] int64 and logsumexp [B] float64 of logits [B, V]; uniforms [B]."""
+    p = probabilities(_float64(logits)[:, None], **parameters)[:, 0]
+    tokens = [draw(row, u) for row, u in zip(p, _float64(uniforms), strict=True)]
+    x = _logits(logits)
+    t = _rows(parameters.get("temperature"), 1.0, len(x))[:, None]
+    scaled = np.where(p > 0, x / np.where(t > 0, t, 1.0), -np.inf)
+    top = scaled.max(-1, keepdims=True)
+    with np.errstate(divide="ignore", invalid="ignore"):
+        total = np.exp(scaled - np.where(np.isfinite(top), top, 0.0)).sum(-1)
+        return np.array(tokens, dtype=np.int64), top[:, 0] + np.log(total)
+
+
+def probabilities(logits, *, temperature=None, top_k=None, top_p=None, min_p=None) -> np.ndarray:
+    """[B, N, V] float64 from logits [B, N, V] and per-request parameters [B], in the order of
+    transformers' processors: temperature, top-k, top-p, min-p, each on what the last one left.
+
+    A temperature of 0 or less puts all mass on the first of the largest logits. top_k of 0 or less,
+    top_p of 1 or more and min_p of 0 or less do nothing. Equal logits stay or go together. NaN is
+    read as -inf; a row of -inf alone has no mass.
+    """
+    x = _logits(logits)
+    batch_size, _, vocab_size = x.shape
+    t = _rows(temperature, 1.0, batch_size)
+    k, top, least = (
+        _rows(values, off, batch_size) for values, off in ((top_k, 0), (top_p, 1), (min_p, 0))
+    )
+    result = np.zeros_like(x)
+    for b, n in np.ndindex(x.shape[:2]):
+        row = x[b, n]
+        if row.max() == -np.inf:
+            continue
+        if not t[b] > 0:
+            result[b, n, row.argmax()] = 1.0
+            continue
+        weights = np.exp((row - row.max()) / t[b])
+        if 0 < k[b] < vocab_size:
+            weights[row < np.sort(row)[-int(k[b])]] = 0.0
+        if top[b] < 1:
+            order = np.argsort(-row, kind="stable")
+            cdf = np.cumsum(weights[order])
+            last = np.argmax(cdf >= top[b] * cdf[-1])
+            weights[row < row[order[last]]] = 0.0
+        weights[weights < least[b] * weights.max()] = 0.0
+        result[b, n] = weights / weights.sum()
+    return result
+
+
+def _logits(values) -> np.ndarray:
+    x = _float64(values)
+    x = np.where(np.isnan(x), -np.inf, x)
+    return np.minimum(x, np.finfo(np.float32).max)
+
+
+def _rows(values, off, batch_size) -> np.ndarray:
+    return np.full(batch_size, float(off)) if values is None else _float64(values)
+
+
+def _margin(left: float, right: float) -> float:
+    largest = max(left, right)
+    return abs(left - right) / largest if 0 < largest < np.inf else np.inf
 
 
 def draw(weights: np.ndarray, u: float) -> int:
@@ -79,30 +173,36 @@ def draw(weights: np.ndarray, u: float) -> int:
     return int(np.argmax((cdf > u * cdf[-1]) & (weights > 0)))
 
 
-def disagreements(token_ids, num_accepted, expected: OracleOutput) -> list[str]:
-    """One line for each row in which a sampler's output is not the oracle's; [] means it agrees."""
+def disagreements(token_ids, num_accepted, expected: OracleOutput, epsilon=None) -> list[str]:
+    """One line for each row in which a sampler's output is not the oracle's; [] means it agrees.
+
+    epsilon: None for samplers of probabilities, whose accept decisions are exact and whose CDF
+    edges may move by CDF_EPSILON; LOGITS_EPSILON for samplers of logits, for both.
+    """
     tokens, counts = _float64(token_ids).astype(np.int64), _float64(num_accepted).astype(np.int64)
     problems = []
     for b, want in enumerate(expected.token_ids):
+        if epsilon is not None and expected.accept_margins[b] < epsilon:
+            continue
         accepted = int(expected.num_accepted[b])
         others = np.arange(len(want)) != accepted
         if counts[b] != accepted or (tokens[b] != want)[others].any():
             problems.append(f"row {b}: {tokens[b].tolist()}; the oracle has {want.tolist()}")
-        elif not _within_edge(tokens[b, accepted], want[accepted], b, expected):
+        elif not _within_edge(tokens[b, accepted], want[accepted], b, expected, epsilon):
             problems.append(
                 f"row {b}: drew {tokens[b, accepted]}; the oracle drew {want[accepted]}"
             )
     return problems
 
 
-def _within_edge(token: int, want: int, b: int, expected: OracleOutput) -> bool:
+def _within_edge(token: int, want: int, b: int, expected: OracleOutput, epsilon) -> bool:
     if token == want:
         return True
     weights = expected.weights[b]
-    if not (0 <= token < len(weights) and weights[token] > 0):
+    if not 0 <= token < len(weights) or (epsilon is None and not weights[token] > 0):
         return False
     cdf = np.cumsum(weights)
-    slack = CDF_EPSILON * cdf[-1]
+    slack = (CDF_EPSILON if epsilon is None else epsilon) * cdf[-1]
     threshold = expected.recovery_uniforms[b] * cdf[-1]
     return cdf[token] - weights[token] - slack <= threshold <= cdf[token] + slack
 

@@ -116,3 +116,21 @@ def flatten(case):
         "max_spec_length": spec_length,
         "uniforms": case["uniforms"],
     }
+
+
+def make_logits_case(batch_size, spec_length, vocab_size, *, dtype=torch.float32, seed=0):
+    """Arguments of rejection_sample_from_logits as a dict, like make_case."""
+    g = torch.Generator().manual_seed(seed)
+    target = 4 * torch.randn(batch_size, spec_length + 1, vocab_size, generator=g)
+    noise = torch.randn(batch_size, spec_length, vocab_size, generator=g)
+    draft = (target[:, :spec_length] + noise).to(dtype)
+    ids = torch.zeros(batch_size, spec_length, dtype=torch.int64)
+    if spec_length:
+        flat = draft.float().softmax(-1).reshape(-1, vocab_size)
+        ids = torch.multinomial(flat, 1, generator=g).reshape(batch_size, spec_length)
+    return {
+        "draft_token_ids": ids,
+        "target_logits": target.to(dtype),
+        "draft_logits": draft,
+        "uniforms": torch.rand(batch_size, spec_length + 1, generator=g),
+    }

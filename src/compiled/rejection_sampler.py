@@ -24,7 +24,7 @@ def rejection_sample(
 ) -> SamplerOutput:
     """Arguments, result, errors and source as in src.baseline.rejection_sampler."""
     return _checked(
-        _sample,
+        sample_probabilities,
         draft_token_ids,
         draft_probs,
         target_probs,
@@ -77,10 +77,14 @@ def _checked(
 
 @functools.cache
 def _compiled():
-    return torch.compile(_sample)
+    return torch.compile(sample_probabilities)
 
 
-def _sample(draft_token_ids, draft_probs, target_probs, num_draft_tokens, uniforms):
+def sample_probabilities(
+    draft_token_ids, draft_probs, target_probs, num_draft_tokens, uniforms, within=None
+):
+    """rejection_sample without its checks: token_ids and num_accepted. within: [B, K] bool, the
+    predicate u * q < p where the caller knows it better than from rounded probabilities."""
     batch_size, spec_length = draft_token_ids.shape
     vocab_size = target_probs.shape[2]
     rows = torch.arange(batch_size, device=target_probs.device)
@@ -95,12 +99,14 @@ def _sample(draft_token_ids, draft_probs, target_probs, num_draft_tokens, unifor
 
     in_vocab = (ids >= 0) & (ids < vocab_size)
     index = ids.clamp(0, vocab_size - 1)[..., None]
-    p_x = target_probs[:, :spec_length].gather(-1, index).squeeze(-1).double()
-    # float64 makes u * q exact, so that p >= q > 0 is accepted even for denormals.
-    threshold = uniforms[:, :spec_length].double()
-    if draft_probs is not None:
-        threshold = threshold * draft_probs.gather(-1, index).squeeze(-1).double()
-    accept = (threshold < p_x) & in_vocab & (columns[:-1] < lengths[:, None])
+    if within is None:
+        p_x = target_probs[:, :spec_length].gather(-1, index).squeeze(-1).double()
+        # float64 makes u * q exact, so that p >= q > 0 is accepted even for denormals.
+        threshold = uniforms[:, :spec_length].double()
+        if draft_probs is not None:
+            threshold = threshold * draft_probs.gather(-1, index).squeeze(-1).double()
+        within = threshold < p_x
+    accept = within & in_vocab & (columns[:-1] < lengths[:, None])
     num_accepted = accept.long().cumprod(1).sum(1)
 
     p = target_probs[rows, num_accepted].float()
@@ -117,16 +123,20 @@ def _sample(draft_token_ids, draft_probs, target_probs, num_draft_tokens, unifor
         use_residual = (num_accepted < lengths) & (residual > 0).any(-1)
         weights = torch.where(use_residual[:, None], residual, target)
 
-    # Edges only where there is weight: whatever a parallel scan rounds to, no other index is drawn.
-    edges = torch.where(weights > 0, weights.double().cumsum(-1), 0.0)
-    cutoff = uniforms[:, spec_length].double() * edges.amax(-1)
-    drawn = (edges > cutoff[:, None]).to(torch.uint8).argmax(-1)
-
+    drawn = draw_weighted(weights, uniforms[:, spec_length])
     last = num_accepted[:, None]
     padded = torch.nn.functional.pad(ids, (0, 1), value=PLACEHOLDER_TOKEN_ID)
     token_ids = torch.where(columns < last, padded, PLACEHOLDER_TOKEN_ID)
     token_ids = torch.where(columns == last, drawn[:, None], token_ids)
     return token_ids.to(draft_token_ids.dtype), num_accepted.to(torch.int32)
+
+
+def draw_weighted(weights, uniforms):
+    """[B] int64 by inverse CDF from weights [B, V], uniforms [B]; 0 where nothing has weight."""
+    # Edges only where there is weight: whatever a parallel scan rounds to, no other index is drawn.
+    edges = torch.where(weights > 0, weights.double().cumsum(-1), 0.0)
+    cutoff = uniforms.double() * edges.amax(-1)
+    return (edges > cutoff[:, None]).to(torch.uint8).argmax(-1)
 
 
 def _weights(values: torch.Tensor) -> torch.Tensor:

@@ -1,0 +1,163 @@
+import numpy as np
+import pytest
+import torch
+
+from src import from_logits, oracle
+from tests.cases import make_logits_case
+
+SAMPLERS = from_logits.names("cpu")
+PARAMETERS = {
+    "plain": {},
+    "temperatures": {"temperature": [0.6, 1.0, 1.7, 0.05]},
+    "greedy rows among sampled": {"temperature": [0.0, 1.0, 0.0, 0.7]},
+    "top-k": {"top_k": [1, 5, 0, 1000]},
+    "top-p": {"top_p": [0.5, 0.9, 1.0, 0.0]},
+    "min-p": {"min_p": [0.1, 0.0, 0.5, 1.0]},
+    "all": {
+        "temperature": [0.8, 1.3, 0.0, 1.0],
+        "top_k": [40, 0, 5, 7],
+        "top_p": [0.9, 0.8, 0.5, 0.95],
+        "min_p": [0.01, 0.05, 0.0, 0.02],
+    },
+}
+
+
+def parameters(name, device="cpu"):
+    dtypes = {"top_k": torch.int32}
+    return {
+        key: torch.tensor(values, dtype=dtypes.get(key, torch.float32), device=device)
+        for key, values in PARAMETERS[name].items()
+    }
+
+
+def check(name, case, **options):
+    output = from_logits.get(name).load().rejection_sample_from_logits(**case, **options)
+    expected = oracle.rejection_sample_from_logits(**case, **options)
+    problems = oracle.disagreements(*output, expected, oracle.LOGITS_EPSILON)
+    assert not problems, "\n".join(problems)
+    assert sum(margin < oracle.LOGITS_EPSILON for margin in expected.accept_margins) <= 1
+    return output
+
+
+@pytest.mark.parametrize("which", PARAMETERS)
+@pytest.mark.parametrize("vocab_size", [2, 7, 600, 5003])
+@pytest.mark.parametrize("spec_length", [1, 5])
+@pytest.mark.parametrize("name", SAMPLERS)
+def test_verification_emits_the_oracles_tokens(name, spec_length, vocab_size, which):
+    case = make_logits_case(4, spec_length, vocab_size)
+    check(name, case, **parameters(which))
+    check(name, {**case, "draft_logits": None}, **parameters(which))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("name", SAMPLERS)
+def test_every_dtype_ragged_and_given_probabilities(name, dtype):
+    case = make_logits_case(4, 5, 1000, dtype=dtype)
+    case["num_draft_tokens"] = torch.tensor([0, 2, 5, 9], dtype=torch.int32)
+    case["draft_token_ids"][2, 3] = -1
+    case["draft_token_ids"][1, 0] = 1000
+    check(name, case)
+    probs = case.pop("draft_logits").softmax(-1)
+    check(name, {**case, "draft_probs": probs})
+
+
+@pytest.mark.parametrize("name", SAMPLERS)
+def test_nan_and_infinite_logits_stay_in_range(name):
+    case = make_logits_case(6, 2, 700)
+    p, q = case["target_logits"], case["draft_logits"]
+    p[0] = float("nan")
+    p[1] = -float("inf")
+    p[2, :, 5] = float("inf")
+    q[3] = float("nan")
+    p[4, :, ::2] = float("nan")
+    q[5] = p[5, :2]
+    expected = oracle.rejection_sample_from_logits(**case)
+    output = from_logits.get(name).load().rejection_sample_from_logits(**case)
+    problems = oracle.disagreements(*output, expected, oracle.LOGITS_EPSILON)
+    assert not problems, "\n".join(problems)
+    assert output.token_ids.max() < 700
+    assert (output.token_ids[0, 0], output.token_ids[1, 0]) == (0, 0)
+
+
+@pytest.mark.parametrize("name", SAMPLERS)
+def test_equal_logits_are_always_accepted(name):
+    case = make_logits_case(6, 3, 700)
+    case["draft_logits"] = case["target_logits"][:, :3].clone()
+    case["uniforms"][:, :3] = 1 - 2**-24
+    output = from_logits.get(name).load().rejection_sample_from_logits(**case)
+    assert output.num_accepted.tolist() == [3] * 6
+
+
+@pytest.mark.parametrize("name", SAMPLERS)
+def test_greedy_rows_are_the_first_argmax_whatever_the_draft(name):
+    case = make_logits_case(8, 3, 1200)
+    target = case["target_logits"].round(decimals=0)  # ties
+    first = target.argmax(-1)
+    case["target_logits"] = target
+    case["draft_token_ids"] = first[:, :3].clone()
+    case["draft_token_ids"][4:, 1] += 1
+    options = {"temperature": torch.zeros(8)}
+    output = check(name, case, **options)
+    assert output.num_accepted.tolist() == [3] * 4 + [1] * 4
+    assert torch.equal(output.token_ids[:4], first[:4])
+    assert torch.equal(output.token_ids[4:, :2], first[4:, :2])
+
+
+@pytest.mark.parametrize("which", PARAMETERS)
+@pytest.mark.parametrize("vocab_size", [1, 7, 512, 5003])
+@pytest.mark.parametrize("name", SAMPLERS)
+def test_sampling_emits_the_oracles_tokens_and_logsumexp(name, vocab_size, which):
+    logits = make_logits_case(4, 0, vocab_size)["target_logits"][:, 0]
+    uniforms = torch.tensor([0.0, 0.3, 0.7, 1 - 2**-24])
+    options = parameters(which)
+    tokens, logsumexp = (
+        from_logits.get(name).load().sample_from_logits(logits, uniforms=uniforms, **options)
+    )
+    expected, total = oracle.sample_from_logits(logits, uniforms=uniforms, **options)
+    assert tokens.tolist() == expected.tolist()
+    assert np.allclose(logsumexp.numpy(), total, rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.parametrize("which", ["plain", "temperatures", "all"])
+@pytest.mark.parametrize("name", SAMPLERS)
+def test_a_drafts_own_logsumexp_changes_nothing(name, which):
+    module = from_logits.get(name).load()
+    case = make_logits_case(4, 5, 3000)
+    options = parameters(which)
+    steps = [
+        module.sample_from_logits(row.contiguous(), uniforms=torch.rand(4), **options)
+        for row in case["draft_logits"].unbind(1)
+    ]
+    given = torch.stack([step.logsumexp for step in steps], dim=1)
+    without = check(name, case, **options)
+    with_sums = check(name, case, draft_logsumexp=given, **options)
+    assert torch.equal(without.token_ids, with_sums.token_ids)
+
+
+@pytest.mark.parametrize("name", SAMPLERS)
+def test_a_seeded_row_depends_neither_on_its_batch_mates_nor_on_its_place(name):
+    module = from_logits.get(name).load()
+    case = make_logits_case(5, 4, 3000)
+    del case["uniforms"]
+    case |= {"seeds": torch.arange(5) - 2, "offsets": torch.arange(5) * 3}
+    whole = module.rejection_sample_from_logits(**case).token_ids
+    for rows in ([0], [3, 4], [4, 3, 2, 1, 0], [2] * 9):
+        part = {key: value[rows] for key, value in case.items()}
+        assert torch.equal(module.rejection_sample_from_logits(**part).token_ids, whole[rows])
+
+
+@pytest.mark.parametrize("name", SAMPLERS)
+def test_bad_arguments_are_named(name):
+    module = from_logits.get(name).load()
+    case = make_logits_case(2, 3, 10)
+    with pytest.raises(TypeError, match="temperature has dtype torch.float64; wanted"):
+        module.rejection_sample_from_logits(**case, temperature=torch.ones(2).double())
+    with pytest.raises(ValueError, match="draft_logits and draft_probs were given"):
+        module.rejection_sample_from_logits(**case, draft_probs=case["draft_logits"])
+    with pytest.raises(ValueError, match="draft_logsumexp came without draft_logits"):
+        bare = {**case, "draft_logits": None}
+        module.rejection_sample_from_logits(**bare, draft_logsumexp=torch.zeros(2, 3).double())
+    with pytest.raises(ValueError, match=r"top_k has shape \[3\]; wanted \[2\]"):
+        module.sample_from_logits(
+            case["target_logits"][:, 0], top_k=torch.zeros(3, dtype=torch.int32)
+        )
