@@ -11,7 +11,7 @@ endif
 PYTHON_PATH = $(if $(SETUP),$(abspath $(PY)),$(PY))
 CSRC := src/cuda/csrc
 HAS_CURAND = $(PY) -c "import glob, sysconfig as s, sys; sys.exit(not glob.glob(s.get_path('purelib') + '/nvidia/*/include/curand_kernel.h'))"
-CXX_SOURCES := $(wildcard $(CSRC)/*.cpp $(CSRC)/*.h $(CSRC)/*.cu)
+CXX_SOURCES := $(wildcard $(CSRC)/*.cpp $(CSRC)/*.h $(CSRC)/*.cu $(CSRC)/*.cuh)
 CXX_TESTS := $(wildcard tests/emulation/*.cpp tests/emulation/*.h examples/cpp/*.cu)
 BUILT := $(CSRC)/build/.built
 

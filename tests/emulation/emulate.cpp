@@ -53,18 +53,18 @@ extern "C" int emulate(const fused_rejection::Params* params, int kernel, int bl
 extern "C" int emulate_tile_sums(const float* p, const float* q, int64_t vocab_size, float* serial,
                                  float* by_warp) {
   using namespace fused_rejection;
-  const Row<float> row{p, q, -1};
+  const ProbsRow<float> row{p, q, -1};
   const int64_t tiles = num_tiles(vocab_size);
   for (int64_t tile = 0; tile < tiles; ++tile) {
     serial[tile] = tile_sum([&](int m) {
       const int64_t i = tile * kTile + m;
-      return i < vocab_size ? row(i) : 0.0f;
+      return i < vocab_size ? weight_at(row, i) : 0.0f;
     });
   }
   const auto sum = [&] {
     for (int64_t tile = 0; tile < tiles; ++tile) {
       const int lane = static_cast<int>(threadIdx.x);
-      by_warp[tile] = warp_tile_sum(row, tile, vocab_size, aligned(row), lane);
+      by_warp[tile] = warp_tile_sum(row, tile, vocab_size, aligned(row.p, row.q), lane);
     }
   };
   try {

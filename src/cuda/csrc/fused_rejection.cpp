@@ -181,23 +181,23 @@ Params params_of(const Arguments& a, const Output& output) {
 // ---- CPU
 
 // The weights of a tile, 0 beyond the vocabulary.
-template <typename T>
-void fill_tile(const Row<T>& row, int vocab_size, int tile, float* w) {
+template <typename Row>
+void fill_tile(const Row& row, int vocab_size, int tile, float* w) {
   const int begin = tile * kTile, count = std::min(kTile, vocab_size - begin);
-  const Row<T> here = row.from(begin);
+  const Row here = row.from(begin);
   if (here.q) {  // apart, so that each loop vectorizes
     for (int m = 0; m < count; ++m) {
-      w[m] = weight(static_cast<float>(here.p[m]), static_cast<float>(here.q[m]));
+      w[m] = here.with_draft(static_cast<float>(here.p[m]), static_cast<float>(here.q[m]));
     }
   } else {
-    for (int m = 0; m < count; ++m) w[m] = weight(static_cast<float>(here.p[m]), 0.0f);
-    if (here.one_hot >= 0 && here.one_hot < count) w[here.one_hot] = here(here.one_hot);
+    for (int m = 0; m < count; ++m) w[m] = here.without_draft(static_cast<float>(here.p[m]), m);
   }
   std::fill(w + count, w + kTile, 0.0f);
 }
 
-template <typename T>
-int draw(Row<T> row, int vocab_size, float u) {
+template <typename Row>
+int draw(Row row, int vocab_size, float u) {
+  if (row.fixed_token >= 0) return row.fixed_token;
   const int tiles = num_tiles(vocab_size);
   std::vector<float> sums(tiles);
   const auto sum_of = [&](int tile) { return sums[tile]; };
@@ -224,13 +224,14 @@ int draw(Row<T> row, int vocab_size, float u) {
   return 0;  // p has no positive mass either
 }
 
-template <typename T>
-void sample_batch(const Params& a) {
+// `request_of(b)` makes request b of the batch.
+template <typename RequestOf>
+void sample_batch(const Params& a, const RequestOf& request_of) {
   const auto sample_rows = [&](int64_t begin, int64_t end) {
     for (int64_t b = begin; b < end; ++b) {
-      const Request<T> request(a, b);
+      const auto request = request_of(b);
       int64_t drawn = 0;
-      const Decision<T> decision = decide(request, [&] { return uniform(a, b, drawn++); });
+      const auto decision = decide(request, [&] { return uniform(a, b, drawn++); });
       const int token =
           draw(decision.row, static_cast<int>(a.vocab_size), uniform(a, b, a.spec_length));
       request.store(decision.accepted, token);
@@ -252,13 +253,17 @@ void sample_on_cpu(const Arguments& arguments, const Output& output) {
         at::rand({a.batch_size, a.spec_length + 1}, a.generator, a.ids.options().dtype(at::kFloat));
   }
   const Params params = params_of(a, output);
+  const auto sample = [&](auto element) {
+    using T = decltype(element);
+    sample_batch(params, [&](int64_t b) { return ProbsRequest<T>(params, b); });
+  };
   switch (params.dtype) {
     case Dtype::kFloat32:
-      return sample_batch<float>(params);
+      return sample(float{});
     case Dtype::kBFloat16:
-      return sample_batch<at::BFloat16>(params);
+      return sample(at::BFloat16{});
     case Dtype::kFloat16:
-      return sample_batch<at::Half>(params);
+      return sample(at::Half{});
   }
 }
 

@@ -86,26 +86,35 @@ struct Params {
   int32_t* num_accepted;                 // [B]
 };
 
-// The V weights that a request's last token is drawn from.
+// The V weights that a request's last token is drawn from, as every Row offers them: `p` and `q`
+// point at raw values (q null where there is none), with_draft and without_draft turn them into a
+// weight. A fixed_token of 0 or more is emitted without a draw.
 template <typename T>
-struct Row {
+struct ProbsRow {
   const T* p;
   const T* q;   // null where the draft is one-hot or nothing was rejected
   int one_hot;  // the index where q is 1, or -1
+  static constexpr int fixed_token = -1;
 
-  FR_FUNCTION float operator()(int i) const {
-    return weight(static_cast<float>(p[i]),
-                  q ? static_cast<float>(q[i]) : (i == one_hot ? 1.0f : 0.0f));
+  FR_FUNCTION float with_draft(float p_i, float q_i) const { return weight(p_i, q_i); }
+  FR_FUNCTION float without_draft(float p_i, int i) const {
+    return weight(p_i, i == one_hot ? 1.0f : 0.0f);
   }
 
   // The row from an index on: the loads that follow then have constant offsets.
-  FR_FUNCTION Row from(int i) const { return {p + i, q ? q + i : nullptr, one_hot - i}; }
+  FR_FUNCTION ProbsRow from(int i) const { return {p + i, q ? q + i : nullptr, one_hot - i}; }
 
   // The same row without its draft, to draw from where the residual has no weight.
-  FR_FUNCTION Row target() const { return {p, nullptr, -1}; }
+  FR_FUNCTION ProbsRow target() const { return {p, nullptr, -1}; }
 };
 
-// One request's part of the arguments.
+template <typename Row>
+FR_FUNCTION float weight_at(const Row& row, int i) {
+  const float p_i = static_cast<float>(row.p[i]);
+  return row.q ? row.with_draft(p_i, static_cast<float>(row.q[i])) : row.without_draft(p_i, i);
+}
+
+// One request's part of the arguments: its drafts, its rows, its outputs.
 template <typename T>
 struct Request {
   const Params* params;
@@ -141,26 +150,11 @@ struct Request {
 
   FR_FUNCTION bool in_vocab(int64_t id) const { return id >= 0 && id < params->vocab_size; }
 
-  // Whether draft k, the token `id`, is accepted with the uniform that `u()` draws.
-  template <typename Uniform>
-  FR_FUNCTION bool accepts_draft(int64_t k, int64_t id, const Uniform& u) const {
-    if (!in_vocab(id)) return false;
-    const float q_x = q ? static_cast<float>(q[k * params->draft_position_stride + id]) : 1.0f;
-    return accepts(u(), q_x, static_cast<float>(p[k * params->target_position_stride + id]));
+  FR_FUNCTION const T* target_row(int64_t k) const {
+    return bonus && k == drafts ? bonus : p + k * params->target_position_stride;
   }
-
-  // The row to draw from after k accepted drafts, `id` being the rejected one, or the placeholder
-  // where the drafts ended.
-  FR_FUNCTION Row<T> row(int64_t k, int64_t id) const {
-    Row<T> row{p + k * params->target_position_stride, nullptr, -1};
-    if (bonus && k == drafts) row.p = bonus;
-    if (id == kPlaceholderTokenId) return row;
-    if (q) {
-      row.q = q + k * params->draft_position_stride;
-    } else if (in_vocab(id)) {
-      row.one_hot = static_cast<int>(id);
-    }
-    return row;
+  FR_FUNCTION const T* draft_row(int64_t k) const {
+    return q ? q + k * params->draft_position_stride : nullptr;
   }
 
   FR_FUNCTION void store(int64_t k, int64_t id) const {
@@ -170,6 +164,31 @@ struct Request {
     } else {
       static_cast<int32_t*>(params->token_ids)[i] = static_cast<int32_t>(id);
     }
+  }
+};
+
+template <typename T>
+struct ProbsRequest : Request<T> {
+  using Row = ProbsRow<T>;
+  using Request<T>::Request;
+
+  // Whether draft k, the token `id`, is accepted with the uniform that `u()` draws.
+  template <typename Uniform>
+  FR_FUNCTION bool accepts_draft(int64_t k, int64_t id, const Uniform& u) const {
+    if (!this->in_vocab(id)) return false;
+    const T* draft = this->draft_row(k);
+    return accepts(u(), draft ? static_cast<float>(draft[id]) : 1.0f,
+                   static_cast<float>(this->target_row(k)[id]));
+  }
+
+  // The row to draw from after k accepted drafts, `id` being the rejected one, or the placeholder
+  // where the drafts ended.
+  FR_FUNCTION Row row(int64_t k, int64_t id) const {
+    Row row{this->target_row(k), nullptr, -1};
+    if (id == kPlaceholderTokenId) return row;
+    row.q = this->draft_row(k);
+    if (!row.q && this->in_vocab(id)) row.one_hot = static_cast<int>(id);
+    return row;
   }
 };
 
@@ -196,16 +215,17 @@ FR_FUNCTION float uniform(const Params& a, int64_t b, int64_t k) {
   return to_uniform(philox_word(stream.seed, stream.subsequence, stream.position + k));
 }
 
-template <typename T>
+template <typename Row>
 struct Decision {
   int64_t accepted;
-  Row<T> row;
+  Row row;
 };
 
 // One thread decides a request, with early exit: nothing after the first rejection is looked at. It
 // stores all but the last token. `next_uniform()` draws uniform 0, 1, ....
-template <typename T, typename NextUniform>
-FR_FUNCTION Decision<T> decide(const Request<T>& request, const NextUniform& next_uniform) {
+template <typename Request, typename NextUniform>
+FR_FUNCTION Decision<typename Request::Row> decide(const Request& request,
+                                                   const NextUniform& next_uniform) {
   int64_t accepted = 0, rejected_id = kPlaceholderTokenId;
   for (; accepted < request.drafts; ++accepted) {
     const int64_t id = request.id(accepted);

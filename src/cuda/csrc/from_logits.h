@@ -1,0 +1,324 @@
+// The arithmetic of sampling from logits, shared by the C++ and the CUDA kernels. No torch headers.
+#pragma once
+
+#include <cmath>
+#include <cstring>
+
+#include "fused_rejection.h"
+
+namespace fused_rejection {
+
+constexpr float kNegativeInfinity = -INFINITY;
+constexpr float kLargestFloat = 0x1.fffffep127f;
+constexpr double kLog2E = 1.4426950408889634, kLn2 = 0.6931471805599453;
+
+FR_FUNCTION float float_from_bits(uint32_t bits) {
+#if defined(__CUDA_ARCH__)
+  return __uint_as_float(bits);
+#else
+  float value;
+  std::memcpy(&value, &bits, sizeof value);
+  return value;
+#endif
+}
+
+FR_FUNCTION uint32_t bits_of(float value) {
+#if defined(__CUDA_ARCH__)
+  return __float_as_uint(value);
+#else
+  uint32_t bits;
+  std::memcpy(&bits, &value, sizeof bits);
+  return bits;
+#endif
+}
+
+FR_FUNCTION uint64_t bits_of(double value) {
+#if defined(__CUDA_ARCH__)
+  return static_cast<uint64_t>(__double_as_longlong(value));
+#else
+  uint64_t bits;
+  std::memcpy(&bits, &value, sizeof bits);
+  return bits;
+#endif
+}
+
+FR_FUNCTION double double_from_bits(uint64_t bits) {
+#if defined(__CUDA_ARCH__)
+  return __longlong_as_double(static_cast<long long>(bits));
+#else
+  double value;
+  std::memcpy(&value, &bits, sizeof value);
+  return value;
+#endif
+}
+
+// 2^t for t below 127, within 2e-7; 0 below -126 and for NaN; exactly 1 at 0. The same bits on
+// every machine, which neither libm nor the device's ex2 promises. Polynomial fitted on [-0.5,
+// 0.5].
+FR_FUNCTION float exp2_portable(float t) {
+  if (!(t > -126.0f)) return 0.0f;
+  constexpr float shift = 12582912.0f;  // 1.5 * 2^23: adding it rounds to an integer
+  const float shifted = t + shift;
+  const float f = t - (shifted - shift);
+  float y = 0x1.41a6fep-13f;
+  y = fmaf(y, f, 0x1.5f44fp-10f);
+  y = fmaf(y, f, 0x1.3b2dfep-7f);
+  y = fmaf(y, f, 0x1.c6aed6p-5f);
+  y = fmaf(y, f, 0x1.ebfbdap-3f);
+  y = fmaf(y, f, 0x1.62e43p-1f);
+  y = fmaf(y, f, 1.0f);
+  return float_from_bits(bits_of(y) + (bits_of(shifted) << 23));
+}
+
+// 1 - 2^t for t <= 0, without cancellation near 0.
+FR_FUNCTION float one_minus_exp2(float t) {
+  if (t < -0.5f) return 1.0f - exp2_portable(t);
+  float y = 1.3108199709677137e-05f;
+  y = fmaf(y, t, 1.5259125211741775e-04f);
+  y = fmaf(y, t, 1.3328662607818842e-03f);
+  y = fmaf(y, t, 9.618042968213558e-03f);
+  y = fmaf(y, t, 5.5504102259874344e-02f);
+  y = fmaf(y, t, 2.4022650718688965e-01f);
+  y = fmaf(y, t, 6.931471824645996e-01f);
+  return -t * y;
+}
+
+// log2 of a positive, normal number: the same bits on every machine.
+FR_FUNCTION double log2_portable(double value) {
+  const uint64_t bits = bits_of(value);
+  int exponent = static_cast<int>(bits >> 52) - 1023;
+  double m = double_from_bits((bits & 0xFFFFFFFFFFFFFull) | (1023ull << 52));
+  if (m > 1.4142135623730951) {
+    m *= 0.5;
+    ++exponent;
+  }
+  const double z = (m - 1.0) / (m + 1.0), z2 = z * z;
+  double series = 0;
+  for (int n = 21; n >= 1; n -= 2) series = series * z2 + 1.0 / n;
+  return exponent + 2.0 * kLog2E * z * series;
+}
+
+// NaN as -inf; +inf as the largest float, so that differences of logits are never NaN.
+FR_FUNCTION float finite_logit(float x) {
+  return x <= kLargestFloat ? x : x > kLargestFloat ? kLargestFloat : kNegativeInfinity;
+}
+
+// How a row of logits becomes probabilities: p_i = 2^((x_i - reference) * scale - remainder) where
+// x_i >= threshold, else 0. Subtracting first keeps the exponent's error relative.
+struct Softmax {
+  float scale;      // log2(e) / temperature
+  float reference;  // about the row's logsumexp, in units of logits
+  float remainder;
+  float threshold;  // -inf where nothing is filtered
+  double log2_sum;  // of 2^(x_i * scale) over what is kept; -inf for a row without mass
+
+  FR_FUNCTION bool has_mass() const { return log2_sum > -INFINITY; }
+
+  FR_FUNCTION bool keeps(float x) const { return x >= threshold && x > kNegativeInfinity; }
+
+  FR_FUNCTION float operator()(float logit) const {
+    const float x = finite_logit(logit);
+    if (!keeps(x)) return 0.0f;
+    return exp2_portable((x - reference) * scale - remainder);
+  }
+};
+
+FR_FUNCTION float scale_of(float temperature) {
+  const double t = temperature < 1e-30f ? 1e-30 : temperature > 1e30f ? 1e30 : temperature;
+  return static_cast<float>(kLog2E / t);
+}
+
+// `logsumexp` in natural units is what goes in and out of the operators, so that a draft's q is the
+// same to the bit whether its sum was kept or is taken again.
+FR_FUNCTION Softmax softmax_of(double logsumexp, float scale, float threshold) {
+  Softmax softmax{scale, 0.0f, 0.0f, threshold, logsumexp * kLog2E};
+  if (softmax.has_mass()) {
+    softmax.reference = static_cast<float>(softmax.log2_sum / scale);
+    softmax.remainder =
+        static_cast<float>(softmax.log2_sum - static_cast<double>(softmax.reference) * scale);
+  }
+  return softmax;
+}
+
+// The largest kept logit of a tile and the sum of 2^((x - largest) * scale) over it.
+struct TileStats {
+  float largest;
+  float sum;
+};
+
+// The weight of a tile beside the row's largest logit. Exact: a product of two float32.
+FR_FUNCTION double tile_weight(const TileStats& tile, float largest, float scale) {
+  if (!(tile.largest > kNegativeInfinity)) return 0.0;
+  return static_cast<double>(tile.sum) *
+         static_cast<double>(exp2_portable((tile.largest - largest) * scale));
+}
+
+FR_FUNCTION double logsumexp_of(double sum, float largest, float scale) {
+  if (!(largest > kNegativeInfinity)) return -INFINITY;
+  return (log2_portable(sum) + static_cast<double>(largest) * scale) * kLn2;
+}
+
+// Parameters of the logits operators beside Params, whose target_probs and draft_probs then are
+// logits (draft_probs: where draft_is_logits).
+struct LogitsParams {
+  Params base;
+  bool draft_is_logits;
+  const float* temperature;       // [B] or null: 1; 0 or less is greedy
+  const int32_t* top_k;           // [B] or null
+  const float* top_p;             // [B] or null
+  const float* min_p;             // [B] or null
+  const double* draft_logsumexp;  // [B, K] or null
+  double* logsumexp;              // [B]: the last row's, or null
+
+  FR_FUNCTION bool filters() const { return top_k || top_p || min_p; }
+  FR_FUNCTION bool is_greedy(int64_t b) const { return temperature && !(temperature[b] > 0); }
+  FR_FUNCTION float scale(int64_t b) const { return scale_of(temperature ? temperature[b] : 1.0f); }
+};
+
+// What is known of one row of logits after a pass over it.
+struct RowSummary {
+  double logsumexp;  // over what is kept
+  float threshold;
+  int argmax;  // the first of the largest, -1 for a row without mass; known for greedy requests
+};
+
+// A Row over logits: p a softmax; q a softmax, probabilities, or one-hot.
+template <typename T>
+struct LogitsRow {
+  const T* p;
+  const T* q;
+  int one_hot;
+  int fixed_token;  // a greedy request's token, or -1
+  bool q_is_logits;
+  Softmax target_softmax, draft_softmax;
+  float shift;  // log2(q / p) = (x_q - x_p) * scale + shift
+
+  FR_FUNCTION float with_draft(float p_i, float q_i) const {
+    const float probability = target_softmax(p_i);
+    if (!q_is_logits) return weight(probability, q_i);
+    const float x_p = finite_logit(p_i), x_q = finite_logit(q_i);
+    if (!draft_softmax.has_mass() || !draft_softmax.keeps(x_q)) return probability;
+    const float log2_ratio = (x_q - x_p) * target_softmax.scale + shift;
+    return log2_ratio < 0.0f ? probability * one_minus_exp2(log2_ratio) : 0.0f;
+  }
+
+  FR_FUNCTION float without_draft(float p_i, int i) const {
+    return weight(target_softmax(p_i), i == one_hot ? 1.0f : 0.0f);
+  }
+
+  FR_FUNCTION LogitsRow from(int i) const {
+    LogitsRow row = *this;
+    row.p += i;
+    if (q) row.q += i;
+    row.one_hot -= i;
+    return row;
+  }
+
+  FR_FUNCTION LogitsRow target() const {
+    LogitsRow row = *this;
+    row.q = nullptr;
+    row.one_hot = -1;
+    return row;
+  }
+};
+
+// `Summaries` offers target(k) and draft(k), the RowSummary of a position.
+template <typename T, typename Summaries>
+struct LogitsRequest : Request<T> {
+  using Row = LogitsRow<T>;
+  const LogitsParams* logits;
+  Summaries summaries;
+  float scale;
+  bool greedy;
+
+  FR_FUNCTION LogitsRequest(const LogitsParams& a, int64_t b, const Summaries& known)
+      : Request<T>(a.base, b),
+        logits(&a),
+        summaries(known),
+        scale(a.scale(b)),
+        greedy(a.is_greedy(b)) {}
+
+  FR_FUNCTION Softmax softmax(const RowSummary& summary) const {
+    return softmax_of(summary.logsumexp, scale, summary.threshold);
+  }
+
+  template <typename Uniform>
+  FR_FUNCTION bool accepts_draft(int64_t k, int64_t id, const Uniform& u) const {
+    if (!this->in_vocab(id)) return false;
+    const RowSummary summary = summaries.target(k);
+    if (greedy) return id == summary.argmax;
+    const float x_p = finite_logit(static_cast<float>(this->target_row(k)[id]));
+    const Softmax target = softmax(summary);
+    if (!target.has_mass() || !target.keeps(x_p)) return false;
+    const T* draft_row = this->draft_row(k);
+    if (!draft_row || !logits->draft_is_logits) {
+      return accepts(u(), draft_row ? static_cast<float>(draft_row[id]) : 1.0f, target(x_p));
+    }
+    const float x_q = finite_logit(static_cast<float>(draft_row[id]));
+    const Softmax draft = softmax(summaries.draft(k));
+    if (!draft.has_mass() || !draft.keeps(x_q)) return true;
+    // In log space: far down the tails p and q underflow, their ratio does not.
+    const double log2_ratio =
+        (static_cast<double>(x_q) - x_p) * scale + (target.log2_sum - draft.log2_sum);
+    return accepts(u(), exp2_portable(static_cast<float>(log2_ratio < 126 ? log2_ratio : 126)), 1);
+  }
+
+  FR_FUNCTION Row row(int64_t k, int64_t id) const {
+    Row row = {};
+    row.p = this->target_row(k);
+    row.one_hot = row.fixed_token = -1;
+    const RowSummary summary = summaries.target(k);
+    if (greedy) {
+      row.fixed_token = summary.argmax < 0 ? 0 : summary.argmax;
+      return row;
+    }
+    row.target_softmax = softmax(summary);
+    if (id == kPlaceholderTokenId) return row;
+    row.q = this->draft_row(k);
+    row.q_is_logits = logits->draft_is_logits;
+    if (row.q && row.q_is_logits) {
+      row.draft_softmax = softmax(summaries.draft(k));
+      row.shift = static_cast<float>(row.target_softmax.log2_sum - row.draft_softmax.log2_sum);
+    } else if (!row.q && this->in_vocab(id)) {
+      row.one_hot = static_cast<int>(id);
+    }
+    return row;
+  }
+};
+
+// ---- Filters. All of them keep the logits from some threshold on.
+
+// Masses are integers, so that their sums do not depend on the order of addition.
+FR_FUNCTION float mass_unit(int vocab_size) {
+  int shift = 45;  // 2^45 and 2^17 logits fill 62 bits
+  while (shift > 30 && (static_cast<int64_t>(vocab_size) >> (62 - shift)) > 0) --shift;
+  return static_cast<float>(1ull << shift);
+}
+
+FR_FUNCTION uint64_t mass_of(float x, float largest, float scale, float unit) {
+  return static_cast<uint64_t>(exp2_portable((x - largest) * scale) * unit);
+}
+
+// The least mass that reaches a share of the total, at least 1: the largest logit always stays.
+FR_FUNCTION uint64_t mass_wanted(float top_p, uint64_t total) {
+  if (!(top_p > 0)) return 1;
+  const double share = static_cast<double>(top_p) * static_cast<double>(total);
+  uint64_t wanted = static_cast<uint64_t>(share);
+  if (static_cast<double>(wanted) < share) ++wanted;
+  return wanted < 1 ? 1 : wanted < total ? wanted : total;
+}
+
+FR_FUNCTION bool keeps_min_p(float x, float largest, float scale, float min_p) {
+  return exp2_portable((x - largest) * scale) >= min_p;
+}
+
+// Logits in the order of unsigned integers, and back.
+FR_FUNCTION uint32_t key_of(float x) {
+  const uint32_t bits = bits_of(x == 0.0f ? 0.0f : x);  // -0 and 0 are equal
+  return bits & 0x80000000u ? ~bits : bits | 0x80000000u;
+}
+FR_FUNCTION float logit_of(uint32_t key) {
+  return float_from_bits(key & 0x80000000u ? key & 0x7FFFFFFFu : ~key);
+}
+
+}  // namespace fused_rejection

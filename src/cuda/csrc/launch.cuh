@@ -1,0 +1,154 @@
+// Host code that the launchers share: what the device can do, blocks a row, cluster launches.
+#pragma once
+
+#include <cuda_runtime.h>
+
+#include <algorithm>
+#include <mutex>
+
+#include "warp.cuh"
+
+namespace fused_rejection {
+namespace {
+
+constexpr int kPortableCluster = 8, kLargestCluster = 16;
+constexpr int kMostBlocksWithoutClusters = 64;
+constexpr int kMaxDevices = 64;
+constexpr int64_t kMaxSharedBytes = 192 * 1024;  // of sm_90's 227 KiB a block
+constexpr int64_t kDefaultSharedBytes = 48 * 1024;
+
+// Calls Action<T>::run(args...) for the element type of `dtype`.
+template <template <typename> class Action, typename... Args>
+cudaError_t for_dtype(Dtype dtype, const Args&... args) {
+  switch (dtype) {
+    case Dtype::kFloat32:
+      return Action<float>::run(args...);
+    case Dtype::kBFloat16:
+      return Action<BFloat16>::run(args...);
+    case Dtype::kFloat16:
+      return Action<Float16>::run(args...);
+  }
+  return cudaErrorInvalidValue;
+}
+
+int warps_per_block(int64_t vocab_size) { return std::min(num_tiles(vocab_size), kMaxWarps); }
+
+cudaLaunchAttribute cluster_of(int blocks) {
+  cudaLaunchAttribute attribute = {};
+  attribute.id = cudaLaunchAttributeClusterDimension;
+  attribute.val.clusterDim.x = static_cast<unsigned>(blocks);
+  attribute.val.clusterDim.y = attribute.val.clusterDim.z = 1;
+  return attribute;
+}
+
+struct Device {
+  int multiprocessors;
+  int largest_cluster;  // 0: no clusters, or none in the code compiled for this card
+};
+
+// `kernels`: the kernels that would run in clusters, one for each dtype.
+template <int n>
+cudaError_t describe(const void* const (&kernels)[n], int ordinal, Device* device) {
+  int major = 0;
+  cudaError_t error =
+      cudaDeviceGetAttribute(&device->multiprocessors, cudaDevAttrMultiProcessorCount, ordinal);
+  if (error == cudaSuccess) {
+    error = cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, ordinal);
+  }
+  cudaFuncAttributes attributes;
+  if (error == cudaSuccess) error = cudaFuncGetAttributes(&attributes, kernels[0]);
+  if (error != cudaSuccess) return error;
+  device->largest_cluster = 0;
+  // Code compiled for sm_80 runs on later cards too, but its cluster instructions are left out.
+  if (major < 9 || attributes.binaryVersion < 90 || attributes.ptxVersion < 90) return cudaSuccess;
+  device->largest_cluster = kLargestCluster;
+  for (const void* kernel : kernels) {
+    cudaLaunchAttribute cluster = cluster_of(kLargestCluster);
+    cudaLaunchConfig_t config = {};
+    config.gridDim = dim3(kLargestCluster);
+    config.blockDim = dim3(kMaxWarps * kWarp);
+    config.attrs = &cluster;
+    config.numAttrs = 1;
+    int clusters = 0;
+    if (cudaFuncSetAttribute(kernel, cudaFuncAttributeNonPortableClusterSizeAllowed, 1) !=
+            cudaSuccess ||
+        cudaOccupancyMaxActiveClusters(&clusters, kernel, &config) != cudaSuccess ||
+        clusters == 0) {
+      cudaGetLastError();  // not an error: every card with clusters has the portable size
+      device->largest_cluster = kPortableCluster;
+    }
+  }
+  return cudaSuccess;
+}
+
+// Described once a device. One copy for each set of kernels: `n` is deduced, the statics are local.
+template <int n>
+cudaError_t current_device(const void* const (&kernels)[n], const Device** device) {
+  static std::mutex mutex;
+  static Device devices[kMaxDevices];
+  static bool known[kMaxDevices];
+  int ordinal = 0;
+  const cudaError_t error = cudaGetDevice(&ordinal);
+  if (error != cudaSuccess) return error;
+  if (ordinal >= kMaxDevices) return cudaErrorInvalidDevice;
+  const std::lock_guard<std::mutex> lock(mutex);
+  if (!known[ordinal]) {
+    const cudaError_t described = describe(kernels, ordinal, &devices[ordinal]);
+    if (described != cudaSuccess) return described;
+    known[ordinal] = true;
+  }
+  *device = &devices[ordinal];
+  return cudaSuccess;
+}
+
+// Fills a plan's exchange and blocks_per_row. Four blocks a multiprocessor over the whole batch,
+// but no block without a tile for each of its warps.
+cudaError_t plan_blocks(const Device& device, int64_t batch_size, int64_t vocab_size,
+                        int64_t shared_bytes, Exchange exchange, int blocks_per_row, Plan* plan) {
+  const bool clusters_fit = device.largest_cluster > 0 && shared_bytes <= kMaxSharedBytes;
+  if (exchange == Exchange::kCluster && !clusters_fit) return cudaErrorNotSupported;
+  if (exchange == Exchange::kAuto) {
+    exchange = clusters_fit ? Exchange::kCluster : Exchange::kWorkspace;
+  }
+  plan->exchange = exchange;
+  const int largest =
+      exchange == Exchange::kCluster ? device.largest_cluster : kMostBlocksWithoutClusters;
+  if (blocks_per_row > 0) {
+    if (blocks_per_row > largest) return cudaErrorInvalidValue;
+    plan->blocks_per_row = blocks_per_row;
+    return cudaSuccess;
+  }
+  const int tiles = num_tiles(vocab_size), warps = warps_per_block(vocab_size);
+  const int64_t useful = (tiles + warps - 1) / warps;
+  const int64_t wanted = 4 * device.multiprocessors / std::max<int64_t>(batch_size, 1);
+  int blocks = 1;
+  while (2 * blocks <= largest && blocks < useful && 2 * blocks <= wanted) blocks *= 2;
+  plan->blocks_per_row = blocks;
+  return cudaSuccess;
+}
+
+cudaLaunchConfig_t configure(int64_t blocks, int threads, cudaStream_t stream) {
+  cudaLaunchConfig_t config = {};
+  config.gridDim = dim3(static_cast<unsigned>(blocks));
+  config.blockDim = dim3(static_cast<unsigned>(threads));
+  config.stream = stream;
+  return config;
+}
+
+template <typename... Parameters, typename... Args>
+cudaError_t launch_in_clusters(void (*kernel)(Parameters...), cudaLaunchConfig_t config,
+                               int cluster_size, int64_t shared_bytes, const Args&... args) {
+  if (shared_bytes > kDefaultSharedBytes) {
+    const cudaError_t error = cudaFuncSetAttribute(
+        kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(kMaxSharedBytes));
+    if (error != cudaSuccess) return error;
+  }
+  cudaLaunchAttribute cluster = cluster_of(cluster_size);
+  config.dynamicSmemBytes = static_cast<size_t>(shared_bytes);
+  config.attrs = &cluster;
+  config.numAttrs = 1;
+  return cudaLaunchKernelEx(&config, kernel, Parameters(args)...);
+}
+
+}  // namespace
+}  // namespace fused_rejection
