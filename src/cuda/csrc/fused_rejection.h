@@ -108,10 +108,21 @@ struct ProbsRow {
   FR_FUNCTION ProbsRow target() const { return {p, nullptr, -1}; }
 };
 
+// Reads an argument. Pointers that went through shared memory are generic to the compiler; global
+// loads are shorter.
+template <typename T>
+FR_FUNCTION T load(const T* pointer) {
+#if defined(__CUDA_ARCH__)
+  __builtin_assume(__isGlobal(pointer));
+#endif
+  return *pointer;
+}
+
 template <typename Row>
 FR_FUNCTION float weight_at(const Row& row, int i) {
-  const float p_i = static_cast<float>(row.p[i]);
-  return row.q ? row.with_draft(p_i, static_cast<float>(row.q[i])) : row.without_draft(p_i, i);
+  const float p_i = static_cast<float>(load(row.p + i));
+  return row.q ? row.with_draft(p_i, static_cast<float>(load(row.q + i)))
+               : row.without_draft(p_i, i);
 }
 
 // One request's part of the arguments: its drafts, its rows, its outputs.

@@ -140,7 +140,7 @@ template <typename T>
 __device__ __forceinline__ void load_share(const T* from, Share<T, T>& share) {
 #pragma unroll
   for (int j = 0; j < kVectors<T>; ++j) {
-    const auto v = *reinterpret_cast<const Vector<T>*>(from + j * kWarp * kVector<T>);
+    const auto v = load(reinterpret_cast<const Vector<T>*>(from + j * kWarp * kVector<T>));
 #pragma unroll
     for (int e = 0; e < kVector<T>; ++e) share.value[j][e] = v.value[e];
   }
