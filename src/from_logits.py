@@ -7,6 +7,8 @@ import importlib
 from types import ModuleType
 from typing import NamedTuple
 
+from src.samplers import check_device
+
 
 class LogitsSampler(NamedTuple):
     name: str
@@ -16,6 +18,7 @@ class LogitsSampler(NamedTuple):
 
     def load(self, device: str = "cpu") -> ModuleType:
         """The module. Raises SamplerUnavailable as samplers.Sampler.load does."""
+        check_device(self, device)
         module = importlib.import_module(self.module)
         if hasattr(module, "require"):
             module.require(device)
@@ -24,6 +27,8 @@ class LogitsSampler(NamedTuple):
 
 _SAMPLERS = [
     LogitsSampler("vectorized", "PyTorch Vectorized", "src.compiled.from_logits"),
+    LogitsSampler("cuda", "CUDA C++ Kernel", "src.cuda.from_logits", ("cuda",)),
+    LogitsSampler("cpp", "C++ Kernel (CPU)", "src.cuda.from_logits", ("cpu",)),
 ]
 SAMPLERS = {sampler.name: sampler for sampler in _SAMPLERS}
 

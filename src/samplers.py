@@ -13,6 +13,13 @@ __all__ = ["SAMPLERS", "Sampler", "SamplerUnavailable", "get", "names"]
 _EVERY_DEVICE = ("cpu", "cuda")
 
 
+def check_device(sampler, device: str) -> None:
+    """Raises SamplerUnavailable where `device` is not one of the sampler's."""
+    if device not in sampler.devices:
+        where = " or ".join(sampler.devices)
+        raise SamplerUnavailable(f"{sampler.name} runs on {where}, not on {device}")
+
+
 class Sampler(NamedTuple):
     name: str
     label: str
@@ -26,12 +33,7 @@ class Sampler(NamedTuple):
         Raises SamplerUnavailable, never returning another sampler in its place, where the device
         is not one of `devices`, is not there, or the extension is not built for it.
         """
-        if device not in self.devices:
-            others = ", ".join(names(device))
-            raise SamplerUnavailable(
-                f"{self.name} runs on {' or '.join(self.devices)}, not on {device}"
-                f" (there: {others})"
-            )
+        check_device(self, device)
         module = importlib.import_module(self.module)
         if hasattr(module, "require"):
             module.require(device)

@@ -18,7 +18,7 @@ ALLOWED = {
     "compiled": {"contract", "randomness"},
     "cuda": {"contract", "randomness"},
     "samplers": {"baseline", "compiled", "contract", "cuda"},
-    "from_logits": {"compiled", "contract", "cuda"},
+    "from_logits": {"compiled", "contract", "cuda", "samplers"},
 }
 
 

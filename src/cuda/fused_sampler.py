@@ -73,30 +73,33 @@ def _missing(*_arguments):
     raise SamplerUnavailable(_REASON, BUILD_COMMAND)
 
 
-def _register_fakes() -> None:
-    # torch.compile and torch.export trace with tensors that have no data: they need the outputs'
-    # shapes, and bad arguments must fail there with the same sentences.
-    def outputs(ids, shape):
-        token_ids = ids.new_empty((shape.batch_size, shape.spec_length + 1))
-        return token_ids, ids.new_empty((shape.batch_size,), dtype=torch.int32)
+def operator(name: str):
+    """The extension's operator, or one that raises SamplerUnavailable where there is none."""
+    if _MODULE is None:
+        return _missing
+    return getattr(torch.ops.fused_rejection, name).default
 
-    def fake(*arguments):
-        return outputs(arguments[0], _validate(*arguments[:8]))
 
-    def fake_out(*arguments):
-        _validate(*arguments[:8])
-
-    def fake_flattened(*arguments):
-        return outputs(arguments[0], _validate_flattened(*arguments))
-
-    for name, function in {
-        "rejection_sample": fake,
-        "rejection_sample_out": fake_out,
-        "rejection_sample_thread_per_row": fake,
-        "rejection_sample_planned": fake,
-        "rejection_sample_flattened": fake_flattened,
-    }.items():
+def register_fake(name: str, function) -> None:
+    """What torch.compile and torch.export trace an operator with: tensors without data. It gives
+    the outputs' shapes, and refuses bad arguments with the sentences that eager calls get."""
+    if _MODULE is not None:
         torch.library.register_fake(f"fused_rejection::{name}", function)
+
+
+def checked_call(operator, check, arguments, *out):
+    """operator(*arguments, *out); `check` raises the contract's sentence for bad arguments."""
+    try:
+        return operator(*arguments, *out)
+    except (TypeError, ValueError, RuntimeError):
+        # The operator guards itself tersely and in C++, so that a good call pays for no Python
+        # checks; a bad one gets the sentence.
+        if operator is not _missing:
+            check(*arguments)
+        raise
+
+
+_RANDOMNESS = ("uniforms", "seeds", "offsets", "generator")
 
 
 def _validate(ids, draft_probs, target_probs, num_draft_tokens, *randomness):
@@ -109,16 +112,32 @@ def _validate_flattened(*arguments):
     return validate_flattened(*arguments[:6], **options)
 
 
-_RANDOMNESS = ("uniforms", "seeds", "offsets", "generator")
-if _MODULE is None:
-    _SAMPLE = _SAMPLE_OUT = _THREAD_PER_ROW = _FLATTENED = _missing
-else:
-    _register_fakes()
-    _operators = torch.ops.fused_rejection
-    _SAMPLE = _operators.rejection_sample.default
-    _SAMPLE_OUT = _operators.rejection_sample_out.default
-    _THREAD_PER_ROW = _operators.rejection_sample_thread_per_row.default
-    _FLATTENED = _operators.rejection_sample_flattened.default
+def _outputs(ids, shape):
+    token_ids = ids.new_empty((shape.batch_size, shape.spec_length + 1))
+    return token_ids, ids.new_empty((shape.batch_size,), dtype=torch.int32)
+
+
+def _fake(*arguments):
+    return _outputs(arguments[0], _validate(*arguments[:8]))
+
+
+def _fake_out(*arguments):
+    _validate(*arguments[:8])
+
+
+def _fake_flattened(*arguments):
+    return _outputs(arguments[0], _validate_flattened(*arguments))
+
+
+_SAMPLE = operator("rejection_sample")
+_SAMPLE_OUT = operator("rejection_sample_out")
+_THREAD_PER_ROW = operator("rejection_sample_thread_per_row")
+_FLATTENED = operator("rejection_sample_flattened")
+register_fake("rejection_sample", _fake)
+register_fake("rejection_sample_out", _fake_out)
+register_fake("rejection_sample_thread_per_row", _fake)
+register_fake("rejection_sample_planned", _fake)
+register_fake("rejection_sample_flattened", _fake_flattened)
 
 
 def rejection_sample(
@@ -145,9 +164,9 @@ def rejection_sample(
     arguments = (draft_token_ids, draft_probs, target_probs, num_draft_tokens)
     arguments += (uniforms, seeds, offsets, generator)
     if out is None:
-        return SamplerOutput(*_call(_SAMPLE, _validate, arguments))
+        return SamplerOutput(*checked_call(_SAMPLE, _validate, arguments))
     try:
-        _call(_SAMPLE_OUT, _validate, arguments, *out)
+        checked_call(_SAMPLE_OUT, _validate, arguments, *out)
     except ValueError as error:
         if str(error).startswith("out "):
             shape = _validate(*arguments)
@@ -189,7 +208,7 @@ def rejection_sample_flattened(
     """
     arguments = (draft_token_ids, cu_num_draft_tokens, draft_probs, target_probs, bonus_probs)
     arguments += (max_spec_length, uniforms, seeds, offsets, generator)
-    return SamplerOutput(*_call(_FLATTENED, _validate_flattened, arguments))
+    return SamplerOutput(*checked_call(_FLATTENED, _validate_flattened, arguments))
 
 
 def rejection_sample_thread_per_row(
@@ -206,15 +225,4 @@ def rejection_sample_thread_per_row(
     """rejection_sample by the teaching kernel, one GPU thread a batch row. CUDA tensors only."""
     arguments = (draft_token_ids, draft_probs, target_probs, num_draft_tokens)
     arguments += (uniforms, seeds, offsets, generator)
-    return SamplerOutput(*_call(_THREAD_PER_ROW, _validate, arguments))
-
-
-def _call(operator, check, arguments, *out):
-    try:
-        return operator(*arguments, *out)
-    except (TypeError, ValueError, RuntimeError):
-        # The operator guards itself tersely and in C++, so that a good call pays for no Python
-        # checks; a bad one gets the contract's sentence.
-        if operator is not _missing:
-            check(*arguments)
-        raise
+    return SamplerOutput(*checked_call(_THREAD_PER_ROW, _validate, arguments))

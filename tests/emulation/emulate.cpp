@@ -1,5 +1,6 @@
 // The kernels of fused_rejection_kernel.cu as a library for ctypes.
 #define FR_EMULATION
+#include "../../src/cuda/csrc/from_logits_kernel.cu"
 #include "../../src/cuda/csrc/fused_rejection_kernel.cu"
 
 namespace fused_rejection {
@@ -69,6 +70,67 @@ extern "C" int emulate_tile_sums(const float* p, const float* q, int64_t vocab_s
   };
   try {
     emulation::launch(1, kWarp, 1, 0, sum, 0);
+  } catch (const std::exception&) {
+    return 1;
+  }
+  return 0;
+}
+
+namespace fused_rejection {
+namespace {
+
+template <typename T>
+void run_logits(const LogitsParams& a, int kernel, int n, unsigned seed) {
+  const int64_t rows = num_target_rows(a.base) + num_draft_rows(a), batch_size = a.base.batch_size;
+  const int tiles = num_tiles(a.base.vocab_size), warps = std::min(tiles, kMaxWarps);
+  const int threads = warps * kWarp;
+  std::vector<TileStats> stats(rows * tiles, TileStats{NAN, NAN});
+  std::vector<float> thresholds(rows, NAN), sums(batch_size * tiles, NAN);
+  const float* found = nullptr;
+  const auto pass = [&] { tile_stats_kernel<T>(a, rows, found, stats.data()); };
+  const int pass_blocks = static_cast<int>(rows) * ((tiles + warps - 1) / warps);
+  emulation::launch(pass_blocks, threads, 1, 0, pass, seed);
+  if (a.filters()) {
+    const auto search = [&] { threshold_kernel<T>(a, stats.data(), thresholds.data()); };
+    emulation::launch(static_cast<int>(rows), threads, 1, 0, search, seed);
+    found = thresholds.data();
+    emulation::launch(pass_blocks, threads, 1, 0, pass, seed);
+  }
+  const int blocks = static_cast<int>(batch_size) * n;
+  const size_t table = (2 * a.base.spec_length + 1) * sizeof(RowSummary) / sizeof(float);
+  if (kernel == 1) {
+    const auto body = [&] {
+      logits_kernel<T, Step::kInCluster>(a, n, stats.data(), found, nullptr);
+    };
+    emulation::launch(blocks, threads, n, 2 * tiles + table, body, seed);
+    return;
+  }
+  const auto sum = [&] { logits_kernel<T, Step::kSum>(a, n, stats.data(), found, sums.data()); };
+  emulation::launch(blocks, threads, 1, table, sum, seed);
+  const auto select = [&] {
+    logits_kernel<T, Step::kSelect>(a, 1, stats.data(), found, sums.data());
+  };
+  emulation::launch(static_cast<int>(batch_size), threads, 1, table, select, seed);
+}
+
+}  // namespace
+}  // namespace fused_rejection
+
+extern "C" int emulate_from_logits(const fused_rejection::LogitsParams* params, int kernel,
+                                   int blocks_per_row, unsigned seed) {
+  using namespace fused_rejection;
+  try {
+    switch (params->base.dtype) {
+      case Dtype::kFloat32:
+        run_logits<float>(*params, kernel, blocks_per_row, seed);
+        break;
+      case Dtype::kBFloat16:
+        run_logits<BFloat16>(*params, kernel, blocks_per_row, seed);
+        break;
+      case Dtype::kFloat16:
+        run_logits<Float16>(*params, kernel, blocks_per_row, seed);
+        break;
+    }
   } catch (const std::exception&) {
     return 1;
   }

@@ -209,6 +209,14 @@ inline unsigned __ballot_sync(unsigned, bool predicate) {
   for (int lane = 0; lane < 32; ++lane) bits |= static_cast<unsigned>(slots[lane][0]) << lane;
   return bits;
 }
+template <typename T>
+void atomicAdd(T* address, T value) {
+  *address += value;  // the threads that share an address take turns
+}
+template <typename T>
+void atomicMin(T* address, T value) {
+  *address = std::min(*address, value);
+}
 inline int __ffs(unsigned bits) { return __builtin_ffs(static_cast<int>(bits)); }
 inline int __clz(unsigned bits) { return bits ? __builtin_clz(bits) : 32; }
 inline float __uint_as_float(uint32_t bits) {

@@ -109,10 +109,7 @@ struct Softmax {
   float scale;      // log2(e) / temperature
   float reference;  // about the row's logsumexp, in units of logits
   float remainder;
-  float threshold;  // -inf where nothing is filtered
-  double log2_sum;  // of 2^(x_i * scale) over what is kept; -inf for a row without mass
-
-  FR_FUNCTION bool has_mass() const { return log2_sum > -INFINITY; }
+  float threshold;  // the least kept logit; +inf for a row without mass, whose p_i are all 0
 
   FR_FUNCTION bool keeps(float x) const { return x >= threshold && x > kNegativeInfinity; }
 
@@ -128,16 +125,16 @@ FR_FUNCTION float scale_of(float temperature) {
   return static_cast<float>(kLog2E / t);
 }
 
+FR_FUNCTION bool has_mass(double logsumexp) { return logsumexp > -INFINITY; }
+
 // `logsumexp` in natural units is what goes in and out of the operators, so that a draft's q is the
 // same to the bit whether its sum was kept or is taken again.
 FR_FUNCTION Softmax softmax_of(double logsumexp, float scale, float threshold) {
-  Softmax softmax{scale, 0.0f, 0.0f, threshold, logsumexp * kLog2E};
-  if (softmax.has_mass()) {
-    softmax.reference = static_cast<float>(softmax.log2_sum / scale);
-    softmax.remainder =
-        static_cast<float>(softmax.log2_sum - static_cast<double>(softmax.reference) * scale);
-  }
-  return softmax;
+  if (!has_mass(logsumexp)) return {scale, 0.0f, 0.0f, INFINITY};
+  const double log2_sum = logsumexp * kLog2E;
+  const float reference = static_cast<float>(log2_sum / scale);
+  const float remainder = static_cast<float>(log2_sum - static_cast<double>(reference) * scale);
+  return {scale, reference, remainder, threshold};
 }
 
 // The largest kept logit of a tile and the sum of 2^((x - largest) * scale) over it.
@@ -190,20 +187,27 @@ struct LogitsRow {
   int one_hot;
   int fixed_token;  // a greedy request's token, or -1
   bool q_is_logits;
-  Softmax target_softmax, draft_softmax;
-  float shift;  // log2(q / p) = (x_q - x_p) * scale + shift
+  Softmax softmax;        // of p
+  float draft_threshold;  // q's least kept logit; +inf where q has no mass
+  double shift;           // log2(q / p) = (x_q - x_p) * scale + shift
 
   FR_FUNCTION float with_draft(float p_i, float q_i) const {
-    const float probability = target_softmax(p_i);
+    const float probability = softmax(p_i);
     if (!q_is_logits) return weight(probability, q_i);
     const float x_p = finite_logit(p_i), x_q = finite_logit(q_i);
-    if (!draft_softmax.has_mass() || !draft_softmax.keeps(x_q)) return probability;
-    const float log2_ratio = (x_q - x_p) * target_softmax.scale + shift;
+    if (!(x_q >= draft_threshold && x_q > kNegativeInfinity)) return probability;
+    const float difference = (x_q - x_p) * softmax.scale, shift_f = static_cast<float>(shift);
+    float log2_ratio = difference + shift_f;
+    // Where the two cancel, as on a token that both sides are nearly sure of, float32 has no digits
+    // left; elsewhere it has enough, and float64 is slow on most cards.
+    if (fabsf(log2_ratio) < fabsf(shift_f) * 0.0625f) {
+      log2_ratio = static_cast<float>((static_cast<double>(x_q) - x_p) * softmax.scale + shift);
+    }
     return log2_ratio < 0.0f ? probability * one_minus_exp2(log2_ratio) : 0.0f;
   }
 
   FR_FUNCTION float without_draft(float p_i, int i) const {
-    return weight(target_softmax(p_i), i == one_hot ? 1.0f : 0.0f);
+    return weight(softmax(p_i), i == one_hot ? 1.0f : 0.0f);
   }
 
   FR_FUNCTION LogitsRow from(int i) const {
@@ -245,21 +249,22 @@ struct LogitsRequest : Request<T> {
   template <typename Uniform>
   FR_FUNCTION bool accepts_draft(int64_t k, int64_t id, const Uniform& u) const {
     if (!this->in_vocab(id)) return false;
-    const RowSummary summary = summaries.target(k);
-    if (greedy) return id == summary.argmax;
-    const float x_p = finite_logit(static_cast<float>(this->target_row(k)[id]));
-    const Softmax target = softmax(summary);
-    if (!target.has_mass() || !target.keeps(x_p)) return false;
+    const RowSummary target = summaries.target(k);
+    if (greedy) return id == target.argmax;
+    const float x_p = finite_logit(static_cast<float>(read_argument(this->target_row(k) + id)));
+    const Softmax p = softmax(target);
+    if (!p.keeps(x_p)) return false;
     const T* draft_row = this->draft_row(k);
     if (!draft_row || !logits->draft_is_logits) {
-      return accepts(u(), draft_row ? static_cast<float>(draft_row[id]) : 1.0f, target(x_p));
+      return accepts(u(), draft_row ? static_cast<float>(read_argument(draft_row + id)) : 1.0f,
+                     p(x_p));
     }
-    const float x_q = finite_logit(static_cast<float>(draft_row[id]));
-    const Softmax draft = softmax(summaries.draft(k));
-    if (!draft.has_mass() || !draft.keeps(x_q)) return true;
+    const float x_q = finite_logit(static_cast<float>(read_argument(draft_row + id)));
+    const RowSummary draft = summaries.draft(k);
+    if (!softmax(draft).keeps(x_q)) return true;
     // In log space: far down the tails p and q underflow, their ratio does not.
     const double log2_ratio =
-        (static_cast<double>(x_q) - x_p) * scale + (target.log2_sum - draft.log2_sum);
+        (static_cast<double>(x_q) - x_p) * scale + (target.logsumexp - draft.logsumexp) * kLog2E;
     return accepts(u(), exp2_portable(static_cast<float>(log2_ratio < 126 ? log2_ratio : 126)), 1);
   }
 
@@ -267,18 +272,19 @@ struct LogitsRequest : Request<T> {
     Row row = {};
     row.p = this->target_row(k);
     row.one_hot = row.fixed_token = -1;
-    const RowSummary summary = summaries.target(k);
+    const RowSummary target = summaries.target(k);
     if (greedy) {
-      row.fixed_token = summary.argmax < 0 ? 0 : summary.argmax;
+      row.fixed_token = target.argmax < 0 ? 0 : target.argmax;
       return row;
     }
-    row.target_softmax = softmax(summary);
+    row.softmax = softmax(target);
     if (id == kPlaceholderTokenId) return row;
     row.q = this->draft_row(k);
     row.q_is_logits = logits->draft_is_logits;
     if (row.q && row.q_is_logits) {
-      row.draft_softmax = softmax(summaries.draft(k));
-      row.shift = static_cast<float>(row.target_softmax.log2_sum - row.draft_softmax.log2_sum);
+      const RowSummary draft = summaries.draft(k);
+      row.draft_threshold = softmax(draft).threshold;
+      row.shift = (target.logsumexp - draft.logsumexp) * kLog2E;
     } else if (!row.q && this->in_vocab(id)) {
       row.one_hot = static_cast<int>(id);
     }
@@ -320,5 +326,28 @@ FR_FUNCTION uint32_t key_of(float x) {
 FR_FUNCTION float logit_of(uint32_t key) {
   return float_from_bits(key & 0x80000000u ? key & 0x7FFFFFFFu : ~key);
 }
+
+// ---- CUDA: rows of logits are numbered target rows first, b * (K + 1) + k, then draft rows,
+// num_target_rows + b * K + k.
+
+FR_HOST_DEVICE constexpr int64_t num_target_rows(const Params& a) {
+  return a.batch_size * (a.spec_length + 1);
+}
+
+// Draft rows that need a pass of their own.
+FR_HOST_DEVICE constexpr int64_t num_draft_rows(const LogitsParams& a) {
+  const bool needed = a.draft_is_logits && (!a.draft_logsumexp || a.top_k || a.top_p || a.min_p);
+  return needed ? a.base.batch_size * a.base.spec_length : 0;
+}
+
+struct LogitsPlan {
+  Plan fused;
+  int64_t workspace_bytes;  // uninitialised device memory that launch_from_logits wants
+};
+
+int plan_from_logits(const LogitsParams& params, Exchange exchange, int blocks_per_row,
+                     LogitsPlan* plan);
+int launch_from_logits(const LogitsParams& params, const LogitsPlan& plan, void* workspace,
+                       void* stream);
 
 }  // namespace fused_rejection

@@ -111,7 +111,7 @@ struct ProbsRow {
 // Reads an argument. Pointers that went through shared memory are generic to the compiler; global
 // loads are shorter.
 template <typename T>
-FR_FUNCTION T load(const T* pointer) {
+FR_FUNCTION T read_argument(const T* pointer) {
 #if defined(__CUDA_ARCH__)
   __builtin_assume(__isGlobal(pointer));
 #endif
@@ -120,8 +120,8 @@ FR_FUNCTION T load(const T* pointer) {
 
 template <typename Row>
 FR_FUNCTION float weight_at(const Row& row, int i) {
-  const float p_i = static_cast<float>(load(row.p + i));
-  return row.q ? row.with_draft(p_i, static_cast<float>(load(row.q + i)))
+  const float p_i = static_cast<float>(read_argument(row.p + i));
+  return row.q ? row.with_draft(p_i, static_cast<float>(read_argument(row.q + i)))
                : row.without_draft(p_i, i);
 }
 

@@ -13,7 +13,8 @@ from setuptools import setup
 from torch.utils.cpp_extension import CUDA_HOME, BuildExtension, CppExtension, CUDAExtension
 
 NAME = "fused_rejection_C"
-BINDING, KERNELS = "fused_rejection.cpp", ["fused_rejection_kernel.cu", "floor_kernel.cu"]
+BINDINGS = ["fused_rejection.cpp", "from_logits.cpp"]
+KERNELS = ["fused_rejection_kernel.cu", "from_logits_kernel.cu", "floor_kernel.cu"]
 EVERY_ARCHITECTURE = "8.0;8.6;9.0;12.0+PTX"
 # No contraction of a * b + c: tokens are bit-identical on every machine.
 CXX_FLAGS = (
@@ -21,6 +22,11 @@ CXX_FLAGS = (
     if sys.platform == "win32"
     else ["-O3", "-std=c++20", "-ffp-contract=off"]
 )
+# The exponentials are written with fused multiply-adds, which baseline x86-64 only has in libm.
+if Path("/proc/cpuinfo").exists() and {"fma", "avx2"} <= set(
+    Path("/proc/cpuinfo").read_text().split()
+):
+    CXX_FLAGS += ["-mfma", "-mavx2"]
 NVCC_FLAGS = ["-O3", "-std=c++20", "--fmad=false", "-lineinfo"]
 
 
@@ -33,12 +39,12 @@ def extension():
                 "kernel alone; install the CUDA toolkit, set CUDA_HOME to it and run this again",
                 file=sys.stderr,
             )
-        return CppExtension(NAME, [BINDING], extra_compile_args=CXX_FLAGS)
+        return CppExtension(NAME, BINDINGS, extra_compile_args=CXX_FLAGS)
     if not torch.cuda.is_available():
         os.environ.setdefault("TORCH_CUDA_ARCH_LIST", EVERY_ARCHITECTURE)
     return CUDAExtension(
         NAME,
-        [BINDING, *KERNELS],
+        BINDINGS + KERNELS,
         define_macros=[("WITH_CUDA", None)],
         extra_compile_args={"cxx": CXX_FLAGS, "nvcc": NVCC_FLAGS},
     )

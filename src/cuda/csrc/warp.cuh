@@ -140,7 +140,7 @@ template <typename T>
 __device__ __forceinline__ void load_share(const T* from, Share<T, T>& share) {
 #pragma unroll
   for (int j = 0; j < kVectors<T>; ++j) {
-    const auto v = load(reinterpret_cast<const Vector<T>*>(from + j * kWarp * kVector<T>));
+    const auto v = read_argument(reinterpret_cast<const Vector<T>*>(from + j * kWarp * kVector<T>));
 #pragma unroll
     for (int e = 0; e < kVector<T>; ++e) share.value[j][e] = v.value[e];
   }
@@ -179,17 +179,22 @@ __device__ __forceinline__ float warp_tile_sum(const Row& row, int tile, int voc
   return warp_sum(w);
 }
 
+// One warp: the inclusive scan of Spans.
+__device__ __forceinline__ double warp_scan(double sum, int lane) {
+#pragma unroll
+  for (int d = 1; d < kSpans; d *= 2) {
+    const double other = __shfl_up_sync(kAllLanes, sum, d);
+    if (lane >= d) sum += other;
+  }
+  return sum;
+}
+
 // One warp: sum_spans and pick_in_spans with a lane a span. `sum` is the lane's span's sum,
 // `pick_here(rest)` searches the lane's span. `threshold_of(total)` gives the threshold.
 template <typename ThresholdOf, typename PickHere>
 __device__ __forceinline__ Pick warp_pick(double sum, const ThresholdOf& threshold_of,
                                           const PickHere& pick_here, int lane) {
-  double scan = sum;
-#pragma unroll
-  for (int d = 1; d < kSpans; d *= 2) {
-    const double other = __shfl_up_sync(kAllLanes, scan, d);
-    if (lane >= d) scan += other;
-  }
+  const double scan = warp_scan(sum, lane);
   const double threshold = threshold_of(__shfl_sync(kAllLanes, scan, kSpans - 1));
   const unsigned weighted = __ballot_sync(kAllLanes, sum > 0);
   const unsigned crossing = __ballot_sync(kAllLanes, sum > 0 && scan > threshold);

@@ -1,0 +1,311 @@
+// What the operators' bindings share: checked arguments, the CPU kernel, the way to a CUDA launch.
+#pragma once
+
+#include <ATen/Parallel.h>
+#include <torch/library.h>
+#include <torch/types.h>
+
+#include <algorithm>
+#include <mutex>
+#include <tuple>
+#include <utility>
+#include <vector>
+
+#include "fused_rejection.h"
+
+#ifdef WITH_CUDA
+#include <ATen/cuda/CUDAGeneratorImpl.h>
+#include <c10/cuda/CUDAGuard.h>
+#include <c10/cuda/CUDAStream.h>
+#endif
+
+namespace fused_rejection {
+namespace {
+
+using OptionalTensor = std::optional<at::Tensor>;
+using OptionalGenerator = std::optional<at::Generator>;
+using Output = std::tuple<at::Tensor, at::Tensor>;
+
+// src/contract.py has the sentences; these guard the memory when it is not called first.
+inline void check(bool ok, const char* argument) {
+  TORCH_CHECK_VALUE(ok, argument, " does not fit the other arguments; see src/contract.py");
+}
+
+// The padded layout, or the flattened ragged one where draft_ends is given.
+struct Arguments {
+  at::Tensor ids;
+  OptionalTensor draft_probs;
+  at::Tensor target_probs;
+  OptionalTensor num_draft_tokens, draft_ends, bonus_probs, uniforms, seeds, offsets;
+  OptionalGenerator generator;
+  int64_t batch_size, spec_length;
+
+  at::Device device() const { return target_probs.device(); }
+  at::ScalarType dtype() const { return target_probs.scalar_type(); }
+  int64_t vocab_size() const { return target_probs.size(-1); }
+
+  // Checks what is the same in both layouts, and makes the small tensors contiguous.
+  void check_common() {
+    check(ids.device() == device() &&
+              (ids.scalar_type() == at::kLong || ids.scalar_type() == at::kInt),
+          "draft_token_ids");
+    check((dtype() == at::kFloat || dtype() == at::kBFloat16 || dtype() == at::kHalf) &&
+              vocab_size() > 0 && vocab_size() <= kMaxVocabSize && is_readable(target_probs),
+          "target_probs");
+    for (const auto& [probs, name] :
+         {std::pair(&draft_probs, "draft_probs"), std::pair(&bonus_probs, "bonus_probs")}) {
+      if (!*probs) continue;
+      check((*probs)->scalar_type() == dtype() && (*probs)->device() == device() &&
+                is_readable(**probs),
+            name);
+    }
+    check(seeds.has_value() == offsets.has_value(), "seeds");
+    check(uniforms.has_value() + seeds.has_value() + generator.has_value() <= 1, "generator");
+    ids = ids.contiguous();
+    make_rows(num_draft_tokens, at::kInt, "num_draft_tokens");
+    make_rows(draft_ends, at::kInt, "cu_num_draft_tokens");
+    make_rows(seeds, at::kLong, "seeds");
+    make_rows(offsets, at::kLong, "offsets");
+    if (uniforms) {
+      check(uniforms->sizes() == at::IntArrayRef({batch_size, spec_length + 1}) &&
+                uniforms->scalar_type() == at::kFloat && uniforms->device() == device(),
+            "uniforms");
+      uniforms = uniforms->contiguous();
+    }
+  }
+
+ private:
+  static bool is_readable(const at::Tensor& probs) {
+    return probs.size(-1) == 1 || probs.numel() == 0 || probs.stride(-1) == 1;
+  }
+
+  void make_rows(OptionalTensor& tensor, at::ScalarType wanted, const char* name) const {
+    if (!tensor) return;
+    check(tensor->sizes() == at::IntArrayRef({batch_size}) && tensor->scalar_type() == wanted &&
+              tensor->device() == device(),
+          name);
+    tensor = tensor->contiguous();
+  }
+};
+
+inline Arguments padded(const at::Tensor& ids, const OptionalTensor& draft_probs,
+                        const at::Tensor& target_probs, const OptionalTensor& num_draft_tokens,
+                        const OptionalTensor& uniforms, const OptionalTensor& seeds,
+                        const OptionalTensor& offsets, const OptionalGenerator& generator) {
+  check(ids.dim() == 2, "draft_token_ids");
+  const int64_t batch_size = ids.size(0), spec_length = ids.size(1);
+  check(target_probs.dim() == 3 && target_probs.size(0) == batch_size &&
+            target_probs.size(1) == spec_length + 1,
+        "target_probs");
+  check(!draft_probs || draft_probs->sizes() ==
+                            at::IntArrayRef({batch_size, spec_length, target_probs.size(2)}),
+        "draft_probs");
+  Arguments a{ids,      draft_probs, target_probs, num_draft_tokens, {},         {},
+              uniforms, seeds,       offsets,      generator,        batch_size, spec_length};
+  a.check_common();
+  return a;
+}
+
+inline Arguments flattened(const at::Tensor& ids, const at::Tensor& draft_ends,
+                           const OptionalTensor& draft_probs, const at::Tensor& target_probs,
+                           const at::Tensor& bonus_probs, int64_t max_spec_length,
+                           const OptionalTensor& uniforms, const OptionalTensor& seeds,
+                           const OptionalTensor& offsets, const OptionalGenerator& generator) {
+  check(ids.dim() == 1, "draft_token_ids");
+  check(draft_ends.dim() == 1, "cu_num_draft_tokens");
+  check(max_spec_length >= 0, "max_spec_length");
+  const int64_t batch_size = draft_ends.size(0), total = ids.size(0);
+  check(target_probs.dim() == 2 && target_probs.size(0) == total, "target_probs");
+  check(!draft_probs || draft_probs->sizes() == target_probs.sizes(), "draft_probs");
+  check(bonus_probs.sizes() == at::IntArrayRef({batch_size, target_probs.size(1)}), "bonus_probs");
+  Arguments a{ids,      draft_probs, target_probs, {},        draft_ends, bonus_probs,
+              uniforms, seeds,       offsets,      generator, batch_size, max_spec_length};
+  a.check_common();
+  return a;
+}
+
+inline Output allocate(const Arguments& a) {
+  return {at::empty({a.batch_size, a.spec_length + 1}, a.ids.options()),
+          at::empty({a.batch_size}, a.ids.options().dtype(at::kInt))};
+}
+
+inline void check_output(const Arguments& a, const Output& output) {
+  const auto& [token_ids, num_accepted] = output;
+  check(token_ids.sizes() == at::IntArrayRef({a.batch_size, a.spec_length + 1}) &&
+            token_ids.scalar_type() == a.ids.scalar_type() && token_ids.device() == a.device() &&
+            token_ids.is_contiguous() && num_accepted.sizes() == at::IntArrayRef({a.batch_size}) &&
+            num_accepted.scalar_type() == at::kInt && num_accepted.device() == a.device() &&
+            num_accepted.is_contiguous(),
+        "out");
+}
+
+template <typename T>
+const T* pointer(const OptionalTensor& tensor) {
+  return tensor ? tensor->const_data_ptr<T>() : nullptr;
+}
+
+inline Params params_of(const Arguments& a, const Output& output) {
+  Params p = {};
+  p.batch_size = a.batch_size;
+  p.spec_length = a.spec_length;
+  p.vocab_size = a.vocab_size();
+  p.dtype = a.dtype() == at::kFloat      ? Dtype::kFloat32
+            : a.dtype() == at::kBFloat16 ? Dtype::kBFloat16
+                                         : Dtype::kFloat16;
+  p.ids_are_int64 = a.ids.scalar_type() == at::kLong;
+  p.draft_token_ids = a.ids.const_data_ptr();
+  p.target_probs = a.target_probs.const_data_ptr();
+  p.target_position_stride = a.target_probs.stride(-2);
+  if (a.draft_probs) {
+    p.draft_probs = a.draft_probs->const_data_ptr();
+    p.draft_position_stride = a.draft_probs->stride(-2);
+  }
+  if (a.draft_ends) {
+    p.draft_ends = a.draft_ends->const_data_ptr<int32_t>();
+    p.num_flat = a.ids.size(0);
+    p.bonus_probs = a.bonus_probs->const_data_ptr();
+    p.bonus_row_stride = a.bonus_probs->stride(0);
+  } else {
+    p.target_row_stride = a.target_probs.stride(0);
+    if (a.draft_probs) p.draft_row_stride = a.draft_probs->stride(0);
+  }
+  p.num_draft_tokens = pointer<int32_t>(a.num_draft_tokens);
+  p.uniforms = pointer<float>(a.uniforms);
+  p.seeds = pointer<int64_t>(a.seeds);
+  p.offsets = pointer<int64_t>(a.offsets);
+  p.token_ids = std::get<0>(output).mutable_data_ptr();
+  p.num_accepted = std::get<1>(output).mutable_data_ptr<int32_t>();
+  return p;
+}
+
+// ---- CPU
+
+// The weights of a tile, 0 beyond the vocabulary.
+template <typename Row>
+void fill_tile(const Row& row, int vocab_size, int tile, float* w) {
+  const int begin = tile * kTile, count = std::min(kTile, vocab_size - begin);
+  const Row here = row.from(begin);
+  if (here.q) {  // apart, so that each loop vectorizes
+    for (int m = 0; m < count; ++m) {
+      w[m] = here.with_draft(static_cast<float>(here.p[m]), static_cast<float>(here.q[m]));
+    }
+  } else {
+    for (int m = 0; m < count; ++m) w[m] = here.without_draft(static_cast<float>(here.p[m]), m);
+  }
+  std::fill(w + count, w + kTile, 0.0f);
+}
+
+template <typename Row>
+int draw(Row row, int vocab_size, float u) {
+  if (row.fixed_token >= 0) return row.fixed_token;
+  const int tiles = num_tiles(vocab_size);
+  std::vector<float> sums(tiles);
+  const auto sum_of = [&](int tile) { return sums[tile]; };
+  for (int pass = 0; pass < 2; ++pass) {
+    at::parallel_for(0, tiles, 16, [&](int64_t begin, int64_t end) {
+      float w[kTile];
+      for (int tile = static_cast<int>(begin); tile < end; ++tile) {
+        fill_tile(row, vocab_size, tile, w);
+        sums[tile] = tile_sum([&](int m) { return w[m]; });
+      }
+    });
+    Spans spans;
+    sum_spans(tiles, sum_of, spans);
+    const Pick tile = pick_in_spans(tiles, sum_of, spans, u * spans.total());
+    if (tile.item >= 0) {
+      float w[kTile];
+      fill_tile(row, vocab_size, tile.item, w);
+      const auto weight_at = [&](int m) { return w[m]; };
+      sum_spans(kTile, weight_at, spans);
+      return tile.item * kTile + pick_in_spans(kTile, weight_at, spans, tile.rest).item;
+    }
+    row = row.target();  // no residual: draw from p
+  }
+  return 0;  // p has no positive mass either
+}
+
+// `request_of(b)` makes request b of the batch.
+template <typename RequestOf>
+void sample_batch(const Params& a, const RequestOf& request_of) {
+  const auto sample_rows = [&](int64_t begin, int64_t end) {
+    for (int64_t b = begin; b < end; ++b) {
+      const auto request = request_of(b);
+      int64_t drawn = 0;
+      const auto decision = decide(request, [&] { return uniform(a, b, drawn++); });
+      const int token =
+          draw(decision.row, static_cast<int>(a.vocab_size), uniform(a, b, a.spec_length));
+      request.store(decision.accepted, token);
+    }
+  };
+  // A small batch leaves the threads to the tiles of each row.
+  if (a.batch_size >= at::get_num_threads()) {
+    at::parallel_for(0, a.batch_size, 1, sample_rows);
+  } else {
+    sample_rows(0, a.batch_size);
+  }
+}
+
+// The arguments with uniforms drawn from the generator where nothing else was given.
+inline Arguments with_uniforms(Arguments a) {
+  check(a.ids.is_cpu(), "draft_token_ids");
+  if (!a.uniforms && !a.seeds) {
+    a.uniforms =
+        at::rand({a.batch_size, a.spec_length + 1}, a.generator, a.ids.options().dtype(at::kFloat));
+  }
+  return a;
+}
+
+// Calls f with a value of the element type of `dtype`.
+template <typename F>
+void for_element(Dtype dtype, const F& f) {
+  switch (dtype) {
+    case Dtype::kFloat32:
+      return f(float{});
+    case Dtype::kBFloat16:
+      return f(at::BFloat16{});
+    case Dtype::kFloat16:
+      return f(at::Half{});
+  }
+}
+
+// ---- CUDA
+
+#ifdef WITH_CUDA
+inline void check_cuda(int error) {
+  TORCH_CHECK(error == 0, "the CUDA kernel could not be launched: ", cuda_error_string(error),
+              error == 209 || error == 98  // cudaErrorNoKernelImageForDevice, InvalidDeviceFunction
+                  ? "; it was not built for this card: rebuild on a machine with it, or with "
+                    "TORCH_CUDA_ARCH_LIST set to its compute capability"
+                  : "");
+}
+
+inline void take_philox_state(const Arguments& a, Params& params) {
+  auto* generator = at::get_generator_or_default<at::CUDAGeneratorImpl>(
+      a.generator, at::cuda::detail::getDefaultCUDAGenerator(a.device().index()));
+  const std::lock_guard<std::mutex> lock(generator->mutex_);
+  // Every row has a subsequence of its own; PyTorch wants increments in fours.
+  const uint64_t increment = (static_cast<uint64_t>(a.spec_length) + 4) / 4 * 4;
+  const at::PhiloxCudaState state = generator->philox_cuda_state(increment);
+  if (state.captured_) {
+    params.philox_seed_pointer = state.seed_.ptr;
+    params.philox_offset_pointer = state.offset_.ptr;
+    params.philox_offset = state.offset_intragraph_;
+  } else {
+    params.philox_seed = state.seed_.val;
+    params.philox_offset = state.offset_.val;
+  }
+}
+
+// launch(params, stream) enqueues the kernel on the arguments' device.
+template <typename Launch>
+void launch_on_device(const Arguments& a, const Output& output, const Launch& launch) {
+  if (a.batch_size == 0) return;
+  const c10::cuda::CUDAGuard guard(a.device());
+  Params params = params_of(a, output);
+  if (!a.uniforms && !a.seeds) take_philox_state(a, params);
+  launch(params, c10::cuda::getCurrentCUDAStream().stream());
+}
+#endif
+
+}  // namespace
+}  // namespace fused_rejection

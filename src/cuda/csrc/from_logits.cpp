@@ -1,0 +1,300 @@
+// The operators on logits.
+#include "from_logits.h"
+
+#include <limits>
+#include <optional>
+
+#include "binding.h"
+
+namespace fused_rejection {
+namespace {
+
+// What a request's parameters are, beside Arguments, whose target_probs and draft_probs are logits
+// here.
+struct LogitsArguments {
+  Arguments base;
+  bool draft_is_logits;
+  OptionalTensor draft_logsumexp, temperature, top_k, top_p, min_p;
+
+  void check_parameters() {
+    make_rows(temperature, at::kFloat, "temperature");
+    make_rows(top_k, at::kInt, "top_k");
+    make_rows(top_p, at::kFloat, "top_p");
+    make_rows(min_p, at::kFloat, "min_p");
+    if (draft_logsumexp) {
+      check(draft_is_logits && draft_logsumexp->sizes() == base.ids.sizes() &&
+                draft_logsumexp->scalar_type() == at::kDouble &&
+                draft_logsumexp->device() == base.device(),
+            "draft_logsumexp");
+      draft_logsumexp = draft_logsumexp->contiguous();
+    }
+  }
+
+ private:
+  void make_rows(OptionalTensor& tensor, at::ScalarType wanted, const char* name) const {
+    if (!tensor) return;
+    check(tensor->sizes() == at::IntArrayRef({base.batch_size}) &&
+              tensor->scalar_type() == wanted && tensor->device() == base.device(),
+          name);
+    tensor = tensor->contiguous();
+  }
+};
+
+LogitsParams params_of(const LogitsArguments& a, const Output& output, double* logsumexp) {
+  LogitsParams p = {};
+  p.base = params_of(a.base, output);
+  p.draft_is_logits = a.draft_is_logits;
+  p.temperature = pointer<float>(a.temperature);
+  p.top_k = pointer<int32_t>(a.top_k);
+  p.top_p = pointer<float>(a.top_p);
+  p.min_p = pointer<float>(a.min_p);
+  p.draft_logsumexp = pointer<double>(a.draft_logsumexp);
+  p.logsumexp = logsumexp;
+  return p;
+}
+
+// ---- CPU
+
+// The kept logits of a tile, -inf for the others and beyond the vocabulary.
+template <typename T>
+TileStats tile_stats(const T* x, int tile, int vocab_size, float scale, float threshold) {
+  const int begin = tile * kTile, count = std::min(kTile, vocab_size - begin);
+  float w[kTile];
+  float largest = kNegativeInfinity;
+  for (int m = 0; m < count; ++m) {
+    const float logit = finite_logit(static_cast<float>(x[begin + m]));
+    w[m] = logit >= threshold ? logit : kNegativeInfinity;
+    largest = std::max(largest, w[m]);
+  }
+  if (!(largest > kNegativeInfinity)) return {largest, 0.0f};
+  for (int m = 0; m < count; ++m) w[m] = exp2_portable((w[m] - largest) * scale);
+  std::fill(w + count, w + kTile, 0.0f);
+  return {largest, tile_sum([&](int m) { return w[m]; })};
+}
+
+template <typename T>
+float find_threshold(const LogitsParams& a, int64_t b, const T* x, float largest, float scale) {
+  const int vocab_size = static_cast<int>(a.base.vocab_size);
+  if (!a.filters() || !(largest > kNegativeInfinity)) return kNegativeInfinity;
+  std::vector<float> kept;  // in descending order
+  for (int i = 0; i < vocab_size; ++i) {
+    const float logit = finite_logit(static_cast<float>(x[i]));
+    if (logit > kNegativeInfinity) kept.push_back(logit == 0.0f ? 0.0f : logit);
+  }
+  std::sort(kept.begin(), kept.end(), std::greater<float>());
+  const auto keep_from = [&](float threshold) {
+    while (kept.back() < threshold) kept.pop_back();
+  };
+  const int64_t top_k = a.top_k ? a.top_k[b] : 0;
+  if (top_k > 0 && top_k < vocab_size && top_k <= static_cast<int64_t>(kept.size())) {
+    keep_from(kept[top_k - 1]);
+  }
+  const float top_p = a.top_p ? a.top_p[b] : 1.0f;
+  if (top_p < 1.0f) {
+    const float unit = mass_unit(vocab_size);
+    uint64_t total = 0, sum = 0;
+    for (const float logit : kept) total += mass_of(logit, largest, scale, unit);
+    const uint64_t wanted = mass_wanted(top_p, total);
+    for (const float logit : kept) {
+      sum += mass_of(logit, largest, scale, unit);
+      if (sum >= wanted) {
+        keep_from(logit);
+        break;
+      }
+    }
+  }
+  const float min_p = a.min_p ? a.min_p[b] : 0.0f;
+  if (min_p > 0.0f) {
+    // A min_p above 1 would keep nothing: the largest always stays.
+    while (kept.back() < largest && !keeps_min_p(kept.back(), largest, scale, min_p)) {
+      kept.pop_back();
+    }
+  }
+  return kept.back();
+}
+
+template <typename T>
+RowSummary summarize(const LogitsParams& a, int64_t b, const T* x) {
+  const int vocab_size = static_cast<int>(a.base.vocab_size), tiles = num_tiles(vocab_size);
+  const float scale = a.scale(b);
+  std::vector<TileStats> stats(tiles);
+  const auto pass = [&](float threshold) {
+    at::parallel_for(0, tiles, 16, [&](int64_t begin, int64_t end) {
+      for (int tile = static_cast<int>(begin); tile < end; ++tile) {
+        stats[tile] = tile_stats(x, tile, vocab_size, scale, threshold);
+      }
+    });
+    float largest = kNegativeInfinity;
+    for (const TileStats& tile : stats) largest = std::max(largest, tile.largest);
+    return largest;
+  };
+  const float largest = pass(kNegativeInfinity);
+  if (a.is_greedy(b)) {
+    int argmax = -1;
+    if (largest > kNegativeInfinity) {
+      for (argmax = 0; finite_logit(static_cast<float>(x[argmax])) != largest;) ++argmax;
+    }
+    return {largest, kNegativeInfinity, argmax};
+  }
+  const float threshold = find_threshold(a, b, x, largest, scale);
+  if (threshold > kNegativeInfinity) pass(threshold);
+  Spans spans;
+  sum_spans(tiles, [&](int tile) { return tile_weight(stats[tile], largest, scale); }, spans);
+  return {logsumexp_of(spans.total(), largest, scale), threshold, -1};
+}
+
+// A request's summaries, made when they are first asked for: rows after the first rejection never
+// are.
+template <typename T>
+struct LazySummaries {
+  const LogitsParams* params;
+  Request<T> request;
+  std::vector<std::optional<RowSummary>>* known;  // K + 1 of the target, then K of the draft
+
+  RowSummary target(int64_t k) const {
+    auto& summary = (*known)[k];
+    if (!summary) summary = summarize(*params, request.b, request.target_row(k));
+    return *summary;
+  }
+
+  RowSummary draft(int64_t k) const {
+    auto& summary = (*known)[params->base.spec_length + 1 + k];
+    if (summary) return *summary;
+    const bool given = params->draft_logsumexp != nullptr;
+    if (!given || params->filters()) summary = summarize(*params, request.b, request.draft_row(k));
+    if (given) {
+      const double sum = params->draft_logsumexp[request.b * params->base.spec_length + k];
+      summary = RowSummary{sum, summary ? summary->threshold : kNegativeInfinity, -1};
+    }
+    return *summary;
+  }
+};
+
+template <typename T>
+struct LazyRequest : LogitsRequest<T, LazySummaries<T>> {
+  using Base = LogitsRequest<T, LazySummaries<T>>;
+  std::shared_ptr<std::vector<std::optional<RowSummary>>> known;
+
+  LazyRequest(const LogitsParams& a, int64_t b,
+              std::shared_ptr<std::vector<std::optional<RowSummary>>> summaries)
+      : Base(a, b, {&a, Request<T>(a.base, b), summaries.get()}), known(std::move(summaries)) {}
+
+  typename Base::Row row(int64_t k, int64_t id) const {
+    if (this->logits->logsumexp)
+      this->logits->logsumexp[this->b] = this->summaries.target(k).logsumexp;
+    return Base::row(k, id);
+  }
+};
+
+void sample_logits_on_cpu(LogitsArguments a, const Output& output, double* logsumexp) {
+  a.base = with_uniforms(a.base);
+  const LogitsParams params = params_of(a, output, logsumexp);
+  for_element(params.base.dtype, [&](auto element) {
+    using T = decltype(element);
+    sample_batch(params.base, [&](int64_t b) {
+      const size_t rows = 2 * params.base.spec_length + 1;
+      return LazyRequest<T>(params, b,
+                            std::make_shared<std::vector<std::optional<RowSummary>>>(rows));
+    });
+  });
+}
+
+// ---- CUDA
+
+#ifdef WITH_CUDA
+void sample_logits_on_cuda(LogitsArguments a, const Output& output, double* logsumexp) {
+  launch_on_device(a.base, output, [&](const Params& base, void* stream) {
+    LogitsParams params = params_of(a, output, logsumexp);
+    params.base = base;  // with the generator's state
+    LogitsPlan plan = {};
+    check_cuda(plan_from_logits(params, Exchange::kAuto, 0, &plan));
+    at::Tensor workspace = at::empty({plan.workspace_bytes}, a.base.ids.options().dtype(at::kByte));
+    check_cuda(launch_from_logits(params, plan, workspace.mutable_data_ptr(), stream));
+  });
+}
+#endif
+
+using Sample = void (*)(LogitsArguments, const Output&, double*);
+
+template <Sample sample>
+Output rejection_sample_from_logits(
+    const at::Tensor& ids, const at::Tensor& target_logits, const OptionalTensor& draft_logits,
+    const OptionalTensor& draft_probs, const OptionalTensor& draft_logsumexp,
+    const OptionalTensor& temperature, const OptionalTensor& top_k, const OptionalTensor& top_p,
+    const OptionalTensor& min_p, const OptionalTensor& num_draft_tokens,
+    const OptionalTensor& uniforms, const OptionalTensor& seeds, const OptionalTensor& offsets,
+    const OptionalGenerator& generator) {
+  check(!draft_logits || !draft_probs, "draft_probs");
+  LogitsArguments a{padded(ids, draft_logits ? draft_logits : draft_probs, target_logits,
+                           num_draft_tokens, uniforms, seeds, offsets, generator),
+                    draft_logits.has_value(),
+                    draft_logsumexp,
+                    temperature,
+                    top_k,
+                    top_p,
+                    min_p};
+  a.check_parameters();
+  Output output = allocate(a.base);
+  sample(a, output, nullptr);
+  return output;
+}
+
+template <Sample sample>
+Output sample_from_logits(const at::Tensor& logits, const OptionalTensor& temperature,
+                          const OptionalTensor& top_k, const OptionalTensor& top_p,
+                          const OptionalTensor& min_p, const OptionalTensor& uniforms,
+                          const OptionalTensor& seeds, const OptionalTensor& offsets,
+                          const OptionalGenerator& generator) {
+  check(logits.dim() == 2, "logits");
+  check(!uniforms || uniforms->dim() == 1, "uniforms");
+  // A verification without drafts: the bonus token is the sample.
+  const at::Tensor no_drafts = at::empty({logits.size(0), 0}, logits.options().dtype(at::kLong));
+  const OptionalTensor recovery = uniforms ? OptionalTensor(uniforms->unsqueeze(1)) : uniforms;
+  LogitsArguments a{
+      padded(no_drafts, {}, logits.unsqueeze(1), {}, recovery, seeds, offsets, generator),
+      false,
+      {},
+      temperature,
+      top_k,
+      top_p,
+      min_p};
+  a.check_parameters();
+  const Output output = allocate(a.base);
+  at::Tensor logsumexp = at::empty({logits.size(0)}, logits.options().dtype(at::kDouble));
+  sample(a, output, logsumexp.mutable_data_ptr<double>());
+  return {std::get<0>(output).squeeze(1), logsumexp};
+}
+
+template <Sample sample>
+void implement(torch::Library& m) {
+  m.impl("rejection_sample_from_logits", &rejection_sample_from_logits<sample>);
+  m.impl("sample_from_logits", &sample_from_logits<sample>);
+}
+
+}  // namespace
+}  // namespace fused_rejection
+
+#define FR_PARAMETERS "Tensor? temperature, Tensor? top_k, Tensor? top_p, Tensor? min_p, "
+#define FR_RANDOMNESS "Tensor? uniforms, Tensor? seeds, Tensor? offsets, Generator? generator"
+
+TORCH_LIBRARY_FRAGMENT(fused_rejection, m) {
+  const std::vector<at::Tag> tags = {at::Tag::nondeterministic_seeded};
+  m.def(
+      "rejection_sample_from_logits(Tensor draft_token_ids, Tensor target_logits, "
+      "Tensor? draft_logits, Tensor? draft_probs, Tensor? draft_logsumexp, " FR_PARAMETERS
+      "Tensor? num_draft_tokens, " FR_RANDOMNESS ") -> (Tensor token_ids, Tensor num_accepted)",
+      tags);
+  m.def("sample_from_logits(Tensor logits, " FR_PARAMETERS FR_RANDOMNESS
+        ") -> (Tensor token_ids, Tensor logsumexp)",
+        tags);
+}
+
+TORCH_LIBRARY_IMPL(fused_rejection, CPU, m) {
+  fused_rejection::implement<&fused_rejection::sample_logits_on_cpu>(m);
+}
+
+#ifdef WITH_CUDA
+TORCH_LIBRARY_IMPL(fused_rejection, CUDA, m) {
+  fused_rejection::implement<&fused_rejection::sample_logits_on_cuda>(m);
+}
+#endif

@@ -1,0 +1,414 @@
+// The CUDA kernels on logits. Two launches: a pass over all rows at once (a warp a tile), and the
+// fused kernel of warp.cuh, which finishes the rows' sums, decides, and draws from the one row that
+// matters. Filters add a search for each row's threshold and a second pass over what it keeps.
+#include "from_logits.h"
+#include "warp.cuh"
+
+#ifndef FR_EMULATION
+#include "launch.cuh"
+#endif
+
+namespace fused_rejection {
+namespace {
+
+// Where a row of logits is, and whose.
+template <typename T>
+struct LogitsRowAt {
+  const T* x;  // null where the row is not needed
+  int64_t b;
+};
+
+template <typename T>
+__device__ LogitsRowAt<T> locate_row(const LogitsParams& a, int64_t row) {
+  const int64_t targets = num_target_rows(a.base);
+  const bool is_draft = row >= targets;
+  const int64_t positions = a.base.spec_length + (is_draft ? 0 : 1);
+  const int64_t at = is_draft ? row - targets : row;
+  const int64_t b = at / positions, k = at % positions;
+  const Request<T> request(a.base, b);
+  if (is_draft) {
+    const bool needed = k < request.drafts && !a.is_greedy(b);
+    return {needed ? request.draft_row(k) : nullptr, b};
+  }
+  return {k <= request.drafts || k == 0 ? request.target_row(k) : nullptr, b};
+}
+
+// One warp: the statistics of a tile, in every lane.
+template <typename T>
+__device__ __forceinline__ TileStats warp_tile_stats(const T* x, int tile, int vocab_size,
+                                                     bool is_aligned, float scale, float threshold,
+                                                     int lane) {
+  const int begin = tile * kTile + lane * kVector<T>;
+  const int left = vocab_size - begin;
+  Share<T, float> w;
+  if (is_aligned && (tile + 1) * kTile <= vocab_size) {
+    Share<T, T> raw;
+    load_share(x + begin, raw);
+    const T* values = &raw.value[0][0];
+    int at = 0;
+    w.each([&](float& w_i, int) { w_i = static_cast<float>(values[at++]); });
+  } else {
+    w.each([&](float& w_i, int i) {
+      w_i = i < left ? static_cast<float>(read_argument(x + begin + i)) : kNegativeInfinity;
+    });
+  }
+  float largest = kNegativeInfinity;
+  w.each([&](float& w_i, int) {
+    const float logit = finite_logit(w_i);
+    w_i = logit >= threshold ? logit : kNegativeInfinity;
+    largest = w_i > largest ? w_i : largest;
+  });
+#pragma unroll
+  for (int d = 1; d < kWarp; d *= 2) {
+    const float other = __shfl_xor_sync(kAllLanes, largest, d);
+    largest = other > largest ? other : largest;
+  }
+  const bool empty = !(largest > kNegativeInfinity);
+  w.each([&](float& w_i, int) { w_i = empty ? 0.0f : exp2_portable((w_i - largest) * scale); });
+  return {largest, warp_sum(w)};
+}
+
+// A warp a tile, over all rows. `thresholds` [rows] or null.
+template <typename T>
+__global__ void __launch_bounds__(kMaxWarps* kWarp, kResidentBlocks)
+    tile_stats_kernel(const LogitsParams a, int64_t rows, const float* thresholds,
+                      TileStats* stats) {
+  const int lane = threadIdx.x % kWarp, warp = threadIdx.x / kWarp, warps = blockDim.x / kWarp;
+  const int vocab_size = static_cast<int>(a.base.vocab_size), tiles = num_tiles(vocab_size);
+  // A block takes consecutive tiles of one row.
+  const int blocks_per_row = (tiles + warps - 1) / warps;
+  const int64_t row = blockIdx.x / blocks_per_row;
+  const int tile = static_cast<int>(blockIdx.x % blocks_per_row) * warps + warp;
+  const LogitsRowAt<T> at = locate_row<T>(a, row);
+  if (!at.x || tile >= tiles) return;
+  const float threshold = thresholds ? thresholds[row] : kNegativeInfinity;
+  const TileStats tile_stats = warp_tile_stats(at.x, tile, vocab_size, aligned<T>(at.x, nullptr),
+                                               a.scale(at.b), threshold, lane);
+  if (lane == 0) stats[row * tiles + tile] = tile_stats;
+}
+
+// One warp: the largest logit of a row, from its tiles' statistics.
+__device__ __forceinline__ float warp_largest(const TileStats* stats, int tiles, int lane) {
+  float largest = kNegativeInfinity;
+  for (int tile = lane; tile < tiles; tile += kWarp) {
+    largest = stats[tile].largest > largest ? stats[tile].largest : largest;
+  }
+#pragma unroll
+  for (int d = 1; d < kWarp; d *= 2) {
+    const float other = __shfl_xor_sync(kAllLanes, largest, d);
+    largest = other > largest ? other : largest;
+  }
+  return largest;
+}
+
+// One warp: the first index whose logit is `largest`.
+template <typename T>
+__device__ int warp_argmax(const T* x, const TileStats* stats, float largest, int vocab_size,
+                           int lane) {
+  if (!(largest > kNegativeInfinity)) return -1;
+  const int tiles = num_tiles(vocab_size);
+  int tile = 0;
+  for (;; tile += kWarp) {
+    const int t = tile + lane;
+    const unsigned hits = __ballot_sync(kAllLanes, t < tiles && stats[t].largest == largest);
+    if (!hits) continue;
+    tile += __ffs(hits) - 1;
+    break;
+  }
+  for (int first = tile * kTile;; first += kWarp) {
+    const int i = first + lane;
+    const bool hit =
+        i < vocab_size && finite_logit(static_cast<float>(read_argument(x + i))) == largest;
+    const unsigned hits = __ballot_sync(kAllLanes, hit);
+    if (hits) return first + __ffs(hits) - 1;
+  }
+}
+
+// One warp: a row's summary, in every lane.
+template <typename T>
+__device__ RowSummary warp_summarize(const T* x, const TileStats* stats, float scale,
+                                     float threshold, bool greedy, int vocab_size, int lane) {
+  const int tiles = num_tiles(vocab_size);
+  const float largest = warp_largest(stats, tiles, lane);
+  if (greedy) {
+    return {largest, kNegativeInfinity, warp_argmax(x, stats, largest, vocab_size, lane)};
+  }
+  const Span span = span_of(tiles, lane);
+  double sum = 0;
+  for (int i = span.begin; i < span.end; ++i) sum += tile_weight(stats[i], largest, scale);
+  const double total = __shfl_sync(kAllLanes, warp_scan(sum, lane), kSpans - 1);
+  return {logsumexp_of(total, largest, scale), threshold, -1};
+}
+
+// ---- Filters: a block a row looks for the threshold, eight bits of the logits' keys at a time.
+
+// The largest key at which the weights of the logits from it on reach `wanted`; false where they
+// never do. `weight_of(x)` is an integer, 0 for logits to leave out. For all threads of the block.
+template <typename T, typename WeightOf>
+__device__ bool block_select(const T* x, int vocab_size, uint64_t wanted, const WeightOf& weight_of,
+                             uint32_t* key) {
+  __shared__ unsigned long long histogram[256];
+  __shared__ unsigned long long remaining;
+  __shared__ uint32_t prefix;
+  __shared__ bool found;
+  const int thread = static_cast<int>(threadIdx.x), threads = static_cast<int>(blockDim.x);
+  if (thread == 0) {
+    remaining = wanted;
+    prefix = 0;
+    found = true;
+  }
+  for (int shift = 24; shift >= 0; shift -= 8) {
+    for (int bin = thread; bin < 256; bin += threads) histogram[bin] = 0;
+    __syncthreads();
+    const uint32_t known = prefix, mask = shift == 24 ? 0 : ~0u << (shift + 8);
+    for (int i = thread; i < vocab_size; i += threads) {
+      const float logit = finite_logit(static_cast<float>(read_argument(x + i)));
+      const uint32_t k = key_of(logit);
+      if ((k & mask) != known) continue;
+      const uint64_t w = weight_of(logit);
+      if (w) atomicAdd(&histogram[k >> shift & 255], static_cast<unsigned long long>(w));
+    }
+    __syncthreads();
+    if (thread == 0) {
+      int bin = 255;
+      while (bin >= 0 && histogram[bin] < remaining) remaining -= histogram[bin--];
+      if (bin < 0) found = false;
+      prefix |= static_cast<uint32_t>(bin < 0 ? 0 : bin) << shift;
+    }
+    __syncthreads();
+    if (!found) break;
+  }
+  *key = prefix;
+  const bool result = found;
+  __syncthreads();  // the next search reuses the shared variables
+  return result;
+}
+
+template <typename T>
+__global__ void __launch_bounds__(kMaxWarps* kWarp)
+    threshold_kernel(const LogitsParams a, const TileStats* stats, float* thresholds) {
+  __shared__ float row_largest;
+  __shared__ unsigned long long total;
+  __shared__ uint32_t least_key;
+  const int thread = static_cast<int>(threadIdx.x), threads = static_cast<int>(blockDim.x);
+  const int64_t row = blockIdx.x;
+  const int vocab_size = static_cast<int>(a.base.vocab_size), tiles = num_tiles(vocab_size);
+  const LogitsRowAt<T> at = locate_row<T>(a, row);
+  if (!at.x) return;
+  if (thread < kWarp) {
+    const float largest = warp_largest(stats + row * tiles, tiles, thread);
+    if (thread == 0) {
+      row_largest = largest;
+      total = 0;
+      least_key = 0xFFFFFFFFu;
+    }
+  }
+  __syncthreads();
+  const float largest = row_largest, scale = a.scale(at.b), unit = mass_unit(vocab_size);
+  const bool has_mass = largest > kNegativeInfinity;
+  float threshold = kNegativeInfinity;
+  uint32_t key = 0;
+  const int top_k = a.top_k ? a.top_k[at.b] : 0;
+  const auto kept = [&](float x) { return x >= threshold && x > kNegativeInfinity; };
+  if (has_mass && top_k > 0 && top_k < vocab_size) {
+    const auto one = [&](float x) -> uint64_t { return kept(x); };
+    if (block_select(at.x, vocab_size, top_k, one, &key)) threshold = logit_of(key);
+  }
+  const float top_p = a.top_p ? a.top_p[at.b] : 1.0f;
+  if (has_mass && top_p < 1.0f) {
+    const auto mass = [&](float x) -> uint64_t {
+      return kept(x) ? mass_of(x, largest, scale, unit) : 0;
+    };
+    uint64_t sum = 0;
+    for (int i = thread; i < vocab_size; i += threads) {
+      sum += mass(finite_logit(static_cast<float>(read_argument(at.x + i))));
+    }
+    atomicAdd(&total, static_cast<unsigned long long>(sum));
+    __syncthreads();
+    if (block_select(at.x, vocab_size, mass_wanted(top_p, total), mass, &key)) {
+      const float found = logit_of(key);
+      threshold = found > threshold ? found : threshold;
+    }
+  }
+  const float min_p = a.min_p ? a.min_p[at.b] : 0.0f;
+  if (has_mass && min_p > 0.0f) {
+    uint32_t least = 0xFFFFFFFFu;
+    for (int i = thread; i < vocab_size; i += threads) {
+      const float x = finite_logit(static_cast<float>(read_argument(at.x + i)));
+      if (kept(x) && keeps_min_p(x, largest, scale, min_p)) {
+        const uint32_t k = key_of(x);
+        least = k < least ? k : least;
+      }
+    }
+    atomicMin(&least_key, least);
+    __syncthreads();
+    // A min_p above 1 would keep nothing: the largest always stays.
+    const float found = least_key == 0xFFFFFFFFu ? largest : logit_of(least_key);
+    threshold = found > threshold ? found : threshold;
+  }
+  if (thread == 0) thresholds[row] = threshold;
+}
+
+// ---- Verification
+
+// The summaries of a request's rows: K + 1 of the target, then K of the draft.
+struct TableSummaries {
+  const RowSummary* table;
+  int64_t spec_length;
+
+  __device__ RowSummary target(int64_t k) const { return table[k]; }
+  __device__ RowSummary draft(int64_t k) const { return table[spec_length + 1 + k]; }
+};
+
+// All warps of a block: the table of request b.
+template <typename T>
+__device__ void summarize_request(const LogitsParams& a, int64_t b, const TileStats* stats,
+                                  const float* thresholds, RowSummary* table) {
+  const int lane = threadIdx.x % kWarp, warp = threadIdx.x / kWarp, warps = blockDim.x / kWarp;
+  const int vocab_size = static_cast<int>(a.base.vocab_size), tiles = num_tiles(vocab_size);
+  const Request<T> request(a.base, b);
+  const int64_t drafts = request.drafts > 0 ? request.drafts : 0, spec_length = a.base.spec_length;
+  const bool greedy = a.is_greedy(b), draft_rows = a.draft_is_logits && !greedy;
+  const float scale = a.scale(b);
+  const int64_t wanted = drafts + 1 + (draft_rows ? drafts : 0);
+  for (int64_t i = warp; i < wanted; i += warps) {
+    const bool is_draft = i > drafts;
+    const int64_t k = is_draft ? i - drafts - 1 : i;
+    const int64_t row =
+        is_draft ? num_target_rows(a.base) + b * spec_length + k : b * (spec_length + 1) + k;
+    const float threshold = thresholds && !greedy ? thresholds[row] : kNegativeInfinity;
+    RowSummary summary;
+    if (is_draft && a.draft_logsumexp) {
+      summary = {a.draft_logsumexp[b * spec_length + k], threshold, -1};
+    } else {
+      const T* x = is_draft ? request.draft_row(k) : request.target_row(k);
+      summary = warp_summarize(x, stats + row * tiles, scale, threshold, greedy, vocab_size, lane);
+    }
+    if (lane == 0) table[is_draft ? spec_length + 1 + k : k] = summary;
+  }
+  __syncthreads();
+}
+
+template <typename T, Step step>
+__global__ void __launch_bounds__(kMaxWarps* kWarp, 1)
+    logits_kernel(const LogitsParams a, int blocks_per_row, const TileStats* stats,
+                  const float* thresholds, float* workspace) {
+  FR_DYNAMIC_SHARED(float, shared);  // [2][tiles] in a cluster, then the table
+  if (step == Step::kInCluster) cluster_arrive();
+  const int64_t b = blockIdx.x / blocks_per_row;
+  const int tiles = num_tiles(a.base.vocab_size);
+  RowSummary* table =
+      reinterpret_cast<RowSummary*>(shared + (step == Step::kInCluster ? 2 * tiles : 0));
+  summarize_request<T>(a, b, stats, thresholds, table);
+  const LogitsRequest<T, TableSummaries> request(a, b, {table, a.base.spec_length});
+  if (step != Step::kSum && a.logsumexp && blockIdx.x % blocks_per_row == 0 && threadIdx.x == 0) {
+    a.logsumexp[b] = table[request.drafts > 0 ? request.drafts : 0].logsumexp;
+  }
+  sample_request<step>(request, blocks_per_row,
+                       step == Step::kInCluster ? shared : workspace + b * tiles);
+}
+
+}  // namespace
+}  // namespace fused_rejection
+
+#ifndef FR_EMULATION
+namespace fused_rejection {
+namespace {
+
+const void* const kLogitsKernels[] = {
+    reinterpret_cast<const void*>(&logits_kernel<float, Step::kInCluster>),
+    reinterpret_cast<const void*>(&logits_kernel<BFloat16, Step::kInCluster>),
+    reinterpret_cast<const void*>(&logits_kernel<Float16, Step::kInCluster>),
+};
+
+// The workspace: tile statistics, thresholds, tile sums.
+struct Workspace {
+  int64_t stats_bytes, thresholds_bytes, sums_bytes;
+
+  Workspace(const LogitsParams& a, Exchange exchange) {
+    const int64_t rows = num_target_rows(a.base) + num_draft_rows(a);
+    const int64_t tiles = num_tiles(a.base.vocab_size);
+    stats_bytes = rows * tiles * static_cast<int64_t>(sizeof(TileStats));
+    thresholds_bytes = a.top_k || a.top_p || a.min_p ? (rows + 1) / 2 * 8 : 0;
+    sums_bytes = exchange == Exchange::kWorkspace
+                     ? a.base.batch_size * tiles * static_cast<int64_t>(sizeof(float))
+                     : 0;
+  }
+};
+
+int64_t table_bytes(const LogitsParams& a) {
+  return (2 * a.base.spec_length + 1) * static_cast<int64_t>(sizeof(RowSummary));
+}
+
+int64_t cluster_bytes(const LogitsParams& a) {
+  return 2 * num_tiles(a.base.vocab_size) * static_cast<int64_t>(sizeof(float)) + table_bytes(a);
+}
+
+template <typename T>
+struct LaunchLogits {
+  static cudaError_t run(const LogitsParams& a, const Plan& plan, char* workspace,
+                         cudaStream_t stream) {
+    const Workspace sizes(a, plan.exchange);
+    TileStats* stats = reinterpret_cast<TileStats*>(workspace);
+    float* thresholds =
+        sizes.thresholds_bytes ? reinterpret_cast<float*>(workspace + sizes.stats_bytes) : nullptr;
+    float* sums = reinterpret_cast<float*>(workspace + sizes.stats_bytes + sizes.thresholds_bytes);
+    const int64_t rows = num_target_rows(a.base) + num_draft_rows(a);
+    const int tiles = num_tiles(a.base.vocab_size), warps = warps_per_block(a.base.vocab_size);
+    const int threads = warps * kWarp, n = plan.blocks_per_row;
+
+    cudaLaunchConfig_t pass = configure(rows * ((tiles + warps - 1) / warps), threads, stream);
+    const float* no_thresholds = nullptr;
+    cudaError_t error =
+        cudaLaunchKernelEx(&pass, tile_stats_kernel<T>, a, rows, no_thresholds, stats);
+    if (error == cudaSuccess && thresholds) {
+      cudaLaunchConfig_t search = configure(rows, threads, stream);
+      const TileStats* known = stats;
+      error = cudaLaunchKernelEx(&search, threshold_kernel<T>, a, known, thresholds);
+      const float* found = thresholds;
+      if (error == cudaSuccess) {
+        error = cudaLaunchKernelEx(&pass, tile_stats_kernel<T>, a, rows, found, stats);
+      }
+    }
+    if (error != cudaSuccess) return error;
+    cudaLaunchConfig_t config = configure(a.base.batch_size * n, threads, stream);
+    if (plan.exchange == Exchange::kCluster) {
+      return launch_in_clusters(logits_kernel<T, Step::kInCluster>, config, n, cluster_bytes(a), a,
+                                n, stats, thresholds, sums);
+    }
+    config.dynamicSmemBytes = static_cast<size_t>(table_bytes(a));
+    const TileStats* known = stats;
+    const float* found = thresholds;
+    error = cudaLaunchKernelEx(&config, logits_kernel<T, Step::kSum>, a, n, known, found, sums);
+    if (error != cudaSuccess) return error;
+    config.gridDim = dim3(static_cast<unsigned>(a.base.batch_size));
+    return cudaLaunchKernelEx(&config, logits_kernel<T, Step::kSelect>, a, 1, known, found, sums);
+  }
+};
+
+}  // namespace
+
+int plan_from_logits(const LogitsParams& a, Exchange exchange, int blocks_per_row,
+                     LogitsPlan* plan) {
+  if (table_bytes(a) > kDefaultSharedBytes) return cudaErrorInvalidValue;
+  const Device* device = nullptr;
+  cudaError_t error = current_device(kLogitsKernels, &device);
+  if (error == cudaSuccess) {
+    error = plan_blocks(*device, a.base.batch_size, a.base.vocab_size, cluster_bytes(a), exchange,
+                        blocks_per_row, &plan->fused);
+  }
+  if (error != cudaSuccess) return error;
+  const Workspace sizes(a, plan->fused.exchange);
+  plan->workspace_bytes = sizes.stats_bytes + sizes.thresholds_bytes + sizes.sums_bytes;
+  return cudaSuccess;
+}
+
+int launch_from_logits(const LogitsParams& a, const LogitsPlan& plan, void* workspace,
+                       void* stream) {
+  if (a.base.batch_size == 0) return cudaSuccess;
+  return for_dtype<LaunchLogits>(a.base.dtype, a, plan.fused, static_cast<char*>(workspace),
+                                 static_cast<cudaStream_t>(stream));
+}
+
+}  // namespace fused_rejection
+#endif
