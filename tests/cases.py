@@ -12,12 +12,17 @@ ON_CUDA = ["baseline", "vectorized", "cuda-thread-per-row", "cuda"]
 COMPILED = "vectorized-compiled"
 
 
-def on_every_device(*extra, cpu=ON_CPU, cuda=ON_CUDA):
-    """Parametrises a test by (name, device): every sampler, its CUDA cases under `-m gpu`."""
-    cpu_cases = [pytest.param(name, "cpu", id=name) for name in (*cpu, *extra)]
+def on_every(cpu, cuda):
+    """Parametrises a test by (name, device): names on the CPU and, under `-m gpu`, on CUDA."""
+    cpu_cases = [pytest.param(name, "cpu", id=name) for name in cpu]
     gpu = pytest.mark.gpu
-    cuda_cases = [pytest.param(n, "cuda", id=f"{n}-gpu", marks=gpu) for n in (*cuda, *extra)]
+    cuda_cases = [pytest.param(name, "cuda", id=f"{name}-gpu", marks=gpu) for name in cuda]
     return pytest.mark.parametrize("name, device", cpu_cases + cuda_cases)
+
+
+def on_every_device(*extra, cpu=ON_CPU, cuda=ON_CUDA):
+    """on_every for the samplers of probabilities."""
+    return on_every((*cpu, *extra), (*cuda, *extra))
 
 
 def to_device(case, device):

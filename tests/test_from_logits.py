@@ -3,9 +3,9 @@ import pytest
 import torch
 
 from src import from_logits, oracle
-from tests.cases import make_logits_case
+from tests.cases import make_logits_case, on_every, to_device
 
-SAMPLERS = from_logits.names("cpu")
+on_every_device = on_every(from_logits.names("cpu"), from_logits.names("cuda"))
 PARAMETERS = {
     "plain": {},
     "temperatures": {"temperature": [0.6, 1.0, 1.7, 0.05]},
@@ -30,8 +30,14 @@ def parameters(name, device="cpu"):
     }
 
 
-def check(name, case, **options):
-    output = from_logits.get(name).load().rejection_sample_from_logits(**case, **options)
+def verify(name, device, case, **options):
+    arguments = to_device({**case, **options}, device)
+    output = from_logits.get(name).load(device).rejection_sample_from_logits(**arguments)
+    return type(output)(*(tensor.cpu() for tensor in output))
+
+
+def check(name, device, case, **options):
+    output = verify(name, device, case, **options)
     expected = oracle.rejection_sample_from_logits(**case, **options)
     problems = oracle.disagreements(*output, expected, oracle.LOGITS_EPSILON)
     assert not problems, "\n".join(problems)
@@ -42,27 +48,27 @@ def check(name, case, **options):
 @pytest.mark.parametrize("which", PARAMETERS)
 @pytest.mark.parametrize("vocab_size", [2, 7, 600, 5003])
 @pytest.mark.parametrize("spec_length", [1, 5])
-@pytest.mark.parametrize("name", SAMPLERS)
-def test_verification_emits_the_oracles_tokens(name, spec_length, vocab_size, which):
+@on_every_device
+def test_verification_emits_the_oracles_tokens(name, device, spec_length, vocab_size, which):
     case = make_logits_case(4, spec_length, vocab_size)
-    check(name, case, **parameters(which))
-    check(name, {**case, "draft_logits": None}, **parameters(which))
+    check(name, device, case, **parameters(which))
+    check(name, device, {**case, "draft_logits": None}, **parameters(which))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
-@pytest.mark.parametrize("name", SAMPLERS)
-def test_every_dtype_ragged_and_given_probabilities(name, dtype):
+@on_every_device
+def test_every_dtype_ragged_and_given_probabilities(name, device, dtype):
     case = make_logits_case(4, 5, 1000, dtype=dtype)
     case["num_draft_tokens"] = torch.tensor([0, 2, 5, 9], dtype=torch.int32)
     case["draft_token_ids"][2, 3] = -1
     case["draft_token_ids"][1, 0] = 1000
-    check(name, case)
+    check(name, device, case)
     probs = case.pop("draft_logits").softmax(-1)
-    check(name, {**case, "draft_probs": probs})
+    check(name, device, {**case, "draft_probs": probs})
 
 
-@pytest.mark.parametrize("name", SAMPLERS)
-def test_nan_and_infinite_logits_stay_in_range(name):
+@on_every_device
+def test_nan_and_infinite_logits_stay_in_range(name, device):
     case = make_logits_case(6, 2, 700)
     p, q = case["target_logits"], case["draft_logits"]
     p[0] = float("nan")
@@ -72,24 +78,24 @@ def test_nan_and_infinite_logits_stay_in_range(name):
     p[4, :, ::2] = float("nan")
     q[5] = p[5, :2]
     expected = oracle.rejection_sample_from_logits(**case)
-    output = from_logits.get(name).load().rejection_sample_from_logits(**case)
+    output = verify(name, device, case)
     problems = oracle.disagreements(*output, expected, oracle.LOGITS_EPSILON)
     assert not problems, "\n".join(problems)
     assert output.token_ids.max() < 700
     assert (output.token_ids[0, 0], output.token_ids[1, 0]) == (0, 0)
 
 
-@pytest.mark.parametrize("name", SAMPLERS)
-def test_equal_logits_are_always_accepted(name):
+@on_every_device
+def test_equal_logits_are_always_accepted(name, device):
     case = make_logits_case(6, 3, 700)
     case["draft_logits"] = case["target_logits"][:, :3].clone()
     case["uniforms"][:, :3] = 1 - 2**-24
-    output = from_logits.get(name).load().rejection_sample_from_logits(**case)
+    output = verify(name, device, case)
     assert output.num_accepted.tolist() == [3] * 6
 
 
-@pytest.mark.parametrize("name", SAMPLERS)
-def test_greedy_rows_are_the_first_argmax_whatever_the_draft(name):
+@on_every_device
+def test_greedy_rows_are_the_first_argmax_whatever_the_draft(name, device):
     case = make_logits_case(8, 3, 1200)
     target = case["target_logits"].round(decimals=0)  # ties
     first = target.argmax(-1)
@@ -97,7 +103,7 @@ def test_greedy_rows_are_the_first_argmax_whatever_the_draft(name):
     case["draft_token_ids"] = first[:, :3].clone()
     case["draft_token_ids"][4:, 1] += 1
     options = {"temperature": torch.zeros(8)}
-    output = check(name, case, **options)
+    output = check(name, device, case, **options)
     assert output.num_accepted.tolist() == [3] * 4 + [1] * 4
     assert torch.equal(output.token_ids[:4], first[:4])
     assert torch.equal(output.token_ids[4:, :2], first[4:, :2])
@@ -105,59 +111,64 @@ def test_greedy_rows_are_the_first_argmax_whatever_the_draft(name):
 
 @pytest.mark.parametrize("which", PARAMETERS)
 @pytest.mark.parametrize("vocab_size", [1, 7, 512, 5003])
-@pytest.mark.parametrize("name", SAMPLERS)
-def test_sampling_emits_the_oracles_tokens_and_logsumexp(name, vocab_size, which):
+@on_every_device
+def test_sampling_emits_the_oracles_tokens_and_logsumexp(name, device, vocab_size, which):
     logits = make_logits_case(4, 0, vocab_size)["target_logits"][:, 0]
     uniforms = torch.tensor([0.0, 0.3, 0.7, 1 - 2**-24])
     options = parameters(which)
-    tokens, logsumexp = (
-        from_logits.get(name).load().sample_from_logits(logits, uniforms=uniforms, **options)
-    )
+    sample = from_logits.get(name).load(device).sample_from_logits
+    arguments = to_device({"logits": logits, "uniforms": uniforms, **options}, device)
+    tokens, logsumexp = (tensor.cpu() for tensor in sample(**arguments))
     expected, total = oracle.sample_from_logits(logits, uniforms=uniforms, **options)
     assert tokens.tolist() == expected.tolist()
     assert np.allclose(logsumexp.numpy(), total, rtol=1e-6, atol=1e-6)
 
 
 @pytest.mark.parametrize("which", ["plain", "temperatures", "all"])
-@pytest.mark.parametrize("name", SAMPLERS)
-def test_a_drafts_own_logsumexp_changes_nothing(name, which):
-    module = from_logits.get(name).load()
+@on_every_device
+def test_a_drafts_own_logsumexp_changes_nothing(name, device, which):
+    module = from_logits.get(name).load(device)
     case = make_logits_case(4, 5, 3000)
     options = parameters(which)
+    there = to_device(options, device)
     steps = [
-        module.sample_from_logits(row.contiguous(), uniforms=torch.rand(4), **options)
+        module.sample_from_logits(row.contiguous().to(device), **there)
         for row in case["draft_logits"].unbind(1)
     ]
-    given = torch.stack([step.logsumexp for step in steps], dim=1)
-    without = check(name, case, **options)
-    with_sums = check(name, case, draft_logsumexp=given, **options)
+    given = torch.stack([step.logsumexp.cpu() for step in steps], dim=1)
+    without = check(name, device, case, **options)
+    with_sums = check(name, device, case, draft_logsumexp=given, **options)
     assert torch.equal(without.token_ids, with_sums.token_ids)
 
 
-@pytest.mark.parametrize("name", SAMPLERS)
-def test_a_seeded_row_depends_neither_on_its_batch_mates_nor_on_its_place(name):
-    module = from_logits.get(name).load()
+@on_every_device
+def test_a_seeded_row_depends_neither_on_its_batch_mates_nor_on_its_place(name, device):
+    module = from_logits.get(name).load(device)
     case = make_logits_case(5, 4, 3000)
     del case["uniforms"]
-    case |= {"seeds": torch.arange(5) - 2, "offsets": torch.arange(5) * 3}
+    case = to_device(case | {"seeds": torch.arange(5) - 2, "offsets": torch.arange(5) * 3}, device)
     whole = module.rejection_sample_from_logits(**case).token_ids
     for rows in ([0], [3, 4], [4, 3, 2, 1, 0], [2] * 9):
         part = {key: value[rows] for key, value in case.items()}
         assert torch.equal(module.rejection_sample_from_logits(**part).token_ids, whole[rows])
 
 
-@pytest.mark.parametrize("name", SAMPLERS)
-def test_bad_arguments_are_named(name):
-    module = from_logits.get(name).load()
-    case = make_logits_case(2, 3, 10)
+@on_every_device
+def test_bad_arguments_are_named(name, device):
+    module = from_logits.get(name).load(device)
+    case = to_device(make_logits_case(2, 3, 10), device)
     with pytest.raises(TypeError, match="temperature has dtype torch.float64; wanted"):
-        module.rejection_sample_from_logits(**case, temperature=torch.ones(2).double())
+        module.rejection_sample_from_logits(
+            **case, temperature=torch.ones(2, device=device).double()
+        )
     with pytest.raises(ValueError, match="draft_logits and draft_probs were given"):
         module.rejection_sample_from_logits(**case, draft_probs=case["draft_logits"])
     with pytest.raises(ValueError, match="draft_logsumexp came without draft_logits"):
         bare = {**case, "draft_logits": None}
-        module.rejection_sample_from_logits(**bare, draft_logsumexp=torch.zeros(2, 3).double())
+        module.rejection_sample_from_logits(
+            **bare, draft_logsumexp=torch.zeros(2, 3, device=device).double()
+        )
     with pytest.raises(ValueError, match=r"top_k has shape \[3\]; wanted \[2\]"):
         module.sample_from_logits(
-            case["target_logits"][:, 0], top_k=torch.zeros(3, dtype=torch.int32)
+            case["target_logits"][:, 0], top_k=torch.zeros(3, dtype=torch.int32, device=device)
         )

@@ -6,10 +6,10 @@ import sys
 import pytest
 import torch
 
-from src import samplers
+from src import from_logits, samplers
 from src.contract import SamplerOutput
 from src.cuda import fused_sampler
-from tests.cases import flatten, make_case, on_every_device, ragged, to_device
+from tests.cases import flatten, make_case, make_logits_case, on_every_device, ragged, to_device
 
 OPERATORS = {
     "cpp": "rejection_sample",
@@ -44,6 +44,25 @@ def test_opcheck_passes_for_out_and_the_flattened_layout(device):
     flat = to_device(flatten(ragged(make_case(7, 5, 100))), device)
     arguments = (*flat.values(), None, None, None)
     torch.library.opcheck(operators.rejection_sample_flattened.default, arguments)
+
+
+@on_both_layouts
+def test_opcheck_passes_for_logits(device):
+    from_logits.get(EXTENSION[device]).load(device)
+    case = to_device(make_logits_case(3, 4, 600), device)
+    temperature = torch.tensor([0.0, 1.0, 0.7], device=device)
+    top_k = torch.tensor([0, 5, 50], dtype=torch.int32, device=device)
+    ids, target, draft, uniforms = case.values()
+    parameters = (temperature, top_k, None, None)
+    operators = torch.ops.fused_rejection
+    torch.library.opcheck(
+        operators.rejection_sample_from_logits.default,
+        (ids, target, draft, None, None, *parameters, None, uniforms, None, None, None),
+    )
+    torch.library.opcheck(
+        operators.sample_from_logits.default,
+        (target[:, 0], *parameters, uniforms[:, 0], None, None, None),
+    )
 
 
 @pytest.mark.parametrize("one_hot", [False, True])

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import torch
 
-from src.contract import SamplerOutput, validate, validate_flattened
+from src.contract import SamplerOutput, validate, validate_flattened, validate_logits
 from src.cuda.csrc.compile_check import find_nvcc, include_folders
 
 FOLDER = Path(__file__).resolve().parent
@@ -122,11 +122,20 @@ def flattened_sampler(kernel: str, blocks_per_row: int = 1, schedule: int = 0):
 
 
 def _emulate(launch, shape, ids, draft_probs, target_probs, layout, **options):
-    kernel, blocks_per_row, schedule = launch
     small = {name: t.contiguous() for name, t in options.items() if t is not None}
-    ids = ids.contiguous()
+    token_ids, num_accepted = _poisoned(ids, shape)
+    params = _params(shape, ids, draft_probs, target_probs, layout, small, token_ids, num_accepted)
+    _run("emulate", launch, params)
+    return SamplerOutput(token_ids, num_accepted)
+
+
+def _poisoned(ids, shape):
     token_ids = ids.new_full((shape.batch_size, shape.spec_length + 1), POISON)
-    num_accepted = torch.full((shape.batch_size,), POISON, dtype=torch.int32)
+    return token_ids, torch.full((shape.batch_size,), POISON, dtype=torch.int32)
+
+
+def _params(shape, ids, draft_probs, target_probs, layout, small, token_ids, num_accepted):
+    assert ids.is_contiguous(), "the binding makes it so"
     params = _Params(
         *shape,
         dtype=DTYPES.index(target_probs.dtype),
@@ -142,10 +151,57 @@ def _emulate(launch, shape, ids, draft_probs, target_probs, layout, **options):
     if draft_probs is not None:
         params.draft_probs = draft_probs.data_ptr()
         params.draft_position_stride = draft_probs.stride(-2)
-    emulate = library("emulate.cpp").emulate
+    return params
+
+
+def _run(function, launch, params):
+    kernel, blocks_per_row, schedule = launch
+    emulate = getattr(library("emulate.cpp"), function)
     status = emulate(ctypes.byref(params), KERNELS.index(kernel), blocks_per_row, schedule)
     assert status == 0, f"the emulated {kernel} kernel does not end"
-    return SamplerOutput(token_ids, num_accepted)
+
+
+class _LogitsParams(ctypes.Structure):
+    """struct LogitsParams of from_logits.h."""
+
+    _fields_ = [
+        ("base", _Params),
+        ("draft_is_logits", ctypes.c_bool),
+        *[(name, ctypes.c_void_p) for name in ("temperature", "top_k", "top_p", "min_p")],
+        ("draft_logsumexp", ctypes.c_void_p),
+        ("logsumexp", ctypes.c_void_p),
+    ]
+
+
+def from_logits(kernel: str, blocks_per_row: int = 1, schedule: int = 0):
+    """rejection_sample_from_logits and, beside it, the last row's logsumexp."""
+
+    def rejection_sample_from_logits(
+        draft_token_ids, target_logits, *, draft_logits=None, draft_probs=None, **options
+    ):
+        drafts = {"draft_logits": draft_logits, "draft_probs": draft_probs}
+        shape = validate_logits(draft_token_ids, target_logits, **drafts, **options)
+        draft = draft_probs if draft_logits is None else draft_logits
+        small = {name: t.contiguous() for name, t in options.items() if t is not None}
+        names = ("temperature", "top_k", "top_p", "min_p", "draft_logsumexp")
+        own = {name: small.pop(name).data_ptr() for name in names if name in small}
+        layout = {
+            "target_row_stride": target_logits.stride(0),
+            "draft_row_stride": 0 if draft is None else draft.stride(0),
+        }
+        token_ids, num_accepted = _poisoned(draft_token_ids, shape)
+        arguments = (shape, draft_token_ids, draft, target_logits, layout, small)
+        logsumexp = torch.full((shape.batch_size,), float("nan"), dtype=torch.float64)
+        params = _LogitsParams(
+            base=_params(*arguments, token_ids, num_accepted),
+            draft_is_logits=draft_logits is not None,
+            logsumexp=logsumexp.data_ptr(),
+            **own,
+        )
+        _run("emulate_from_logits", (kernel, blocks_per_row, schedule), params)
+        return SamplerOutput(token_ids, num_accepted), logsumexp
+
+    return rejection_sample_from_logits
 
 
 def tile_sums(p: torch.Tensor, q: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

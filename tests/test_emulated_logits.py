@@ -1,0 +1,74 @@
+"""The logits kernels' own source on the CPU, against the C++ kernel bit for bit."""
+
+import pytest
+import torch
+
+from src import from_logits
+from tests import emulation
+from tests.cases import make_logits_case
+from tests.test_from_logits import PARAMETERS, parameters
+
+pytestmark = pytest.mark.skipif(
+    emulation.compiler() is None, reason="the emulation wants Linux and a C++ compiler"
+)
+LAUNCHES = [("cluster", 1), ("cluster", 4), ("workspace", 1), ("workspace", 3)]
+
+
+def check(case, **options):
+    expected = from_logits.get("cpp").load().rejection_sample_from_logits(**case, **options)
+    for schedule, (kernel, blocks) in enumerate(LAUNCHES):
+        output, _ = emulation.from_logits(kernel, blocks, schedule)(**case, **options)
+        for ours, cpp in zip(output, expected, strict=True):
+            assert torch.equal(ours, cpp), (kernel, blocks)
+
+
+@pytest.mark.parametrize("which", PARAMETERS)
+@pytest.mark.parametrize("vocab_size", [2, 7, 1024, 2503])
+def test_verification_emits_the_cpp_kernels_tokens_bit_for_bit(vocab_size, which):
+    case = make_logits_case(4, 3, vocab_size)
+    check(case, **parameters(which))
+    check({**case, "draft_logits": None}, **parameters(which))
+
+
+@pytest.mark.parametrize("dtype", emulation.DTYPES, ids=str)
+def test_every_dtype_ragged_given_probabilities_and_given_sums(dtype):
+    case = make_logits_case(4, 5, 1000, dtype=dtype)
+    case["num_draft_tokens"] = torch.tensor([0, 2, 5, 9], dtype=torch.int32)
+    case["draft_token_ids"][2, 3] = -1
+    case["draft_token_ids"][1, 0] = 1000
+    sums = case["draft_logits"].double().logsumexp(-1)
+    check({**case, "draft_logsumexp": sums})
+    check({**case, "draft_logsumexp": sums, "top_k": torch.full((4,), 9, dtype=torch.int32)})
+    probs = case.pop("draft_logits").softmax(-1)
+    check({**case, "draft_probs": probs})
+
+
+def test_nan_and_infinite_logits():
+    case = make_logits_case(6, 2, 700)
+    p, q = case["target_logits"], case["draft_logits"]
+    p[0] = float("nan")
+    p[1] = -float("inf")
+    p[2, :, 5] = float("inf")
+    q[3] = float("nan")
+    p[4, :, ::2] = float("nan")
+    q[5] = p[5, :2]
+    check(case)
+    check(
+        case, **{**parameters("all"), **{k: v.repeat(2)[:6] for k, v in parameters("all").items()}}
+    )
+
+
+@pytest.mark.parametrize("which", PARAMETERS)
+def test_sampling_gives_the_cpp_kernels_tokens_and_logsumexp(which):
+    logits = make_logits_case(4, 0, 1500)["target_logits"]
+    options, uniforms = parameters(which), torch.tensor([0.0, 0.3, 0.7, 1 - 2**-24])
+    tokens, logsumexp = (
+        from_logits.get("cpp").load().sample_from_logits(logits[:, 0], uniforms=uniforms, **options)
+    )
+    no_drafts = torch.empty((4, 0), dtype=torch.int64)
+    for kernel, blocks in LAUNCHES:
+        output, ours = emulation.from_logits(kernel, blocks)(
+            no_drafts, logits, uniforms=uniforms[:, None], **options
+        )
+        assert torch.equal(output.token_ids[:, 0], tokens), (kernel, blocks)
+        assert torch.equal(ours, logsumexp), (kernel, blocks)
