@@ -14,7 +14,7 @@ import torch
 from tqdm import tqdm
 
 from src import samplers
-from src.benchmarking import environment, report, results, sweep, timing, workloads
+from src.benchmarking import compare, environment, report, results, sweep, timing, workloads
 from src.benchmarking.workloads import Workload
 
 # In a table's order; vectorized-compiled is asked for by name, for compiling takes its time.
@@ -139,6 +139,8 @@ def finish(args, result: dict, plot: Callable[[dict, Path], None] | None = None)
     unique = ", ".join(dict.fromkeys(checked)) or "none"
     say(args, f"Checked against the float64 oracle on the timed inputs: {unique}\n")
     say(args, report.table(result))
+    if args.old:
+        say(args, "\n".join(["", f"Against {args.compare}:", *compare.lines(args.old, result)]))
     say(args, "\n".join(["", *report.notes(result["rows"]), f"Written: {args.path}"]))
     if args.json:
         print(results.dumps(result), end="")

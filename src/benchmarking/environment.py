@@ -18,8 +18,7 @@ ROOT = Path(__file__).resolve().parents[2]
 
 
 def collect(device: str, command: list[str]) -> dict:
-    """The `environment` of a result file (schema 1) without copy_gb_s, which is measured; `threads` are
-    torch's on the host.
+    """The `environment` of a result file (schema 1) without copy_gb_s, which is measured.
 
     device: "cpu" or "cuda" (the current card); command: the script's name and arguments.
     """
