@@ -20,13 +20,7 @@ def main(argv: list[str] | None = None) -> int:
     ):
         parser.add_argument(option, type=cli.positive, default=default)
     args = cli.parse(parser, "quick_demo", argv)
-    workload = workloads.Workload(
-        args.batch_size,
-        args.spec_length,
-        args.vocab_size,
-        args.dtype,
-        args.acceptance,
-    )
+    workload = workloads.Workload(args.batch_size, args.spec_length, args.vocab_size)
     return cli.finish(args, cli.measure(args, [workload]))
 
 

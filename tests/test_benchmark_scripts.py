@@ -8,8 +8,10 @@ from pathlib import Path
 import pytest
 import torch
 
+import compare_vocab_sizes
 import quick_demo
-from src.benchmarking import cli, environment, results, sweep
+import test_batch_sizes
+from src.benchmarking import cli, environment, plots, report, results, sweep, workloads
 
 ROOT = Path(__file__).resolve().parent.parent
 SMALL = ["--batch-size", "2", "--spec-length", "2", "--vocab-size", "100", "--runs", "3"]
@@ -133,3 +135,66 @@ def test_a_failed_check_is_status_1(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(sweep, "contestants", lambda names, device: [bad])
     assert quick_demo.main([*SMALL, "--output", str(tmp_path)]) == 1
     assert "Baseline failed" in capsys.readouterr().out
+
+
+SMOKE = ["--smoke", "--device", "cpu"]
+
+
+@pytest.mark.parametrize("script", [test_batch_sizes, compare_vocab_sizes])
+def test_a_smoke_sweep_writes_its_own_files(capsys, tmp_path, script):
+    assert script.main([*SMOKE, "--large", "--output", str(tmp_path)]) == 0
+    out, err = capsys.readouterr()
+    name = script.__name__
+    folder = results.folder(tmp_path, "cpu")
+    files = [f"{name}-smoke.{suffix}" for suffix in ("json", "md", "png")]
+    assert sorted(p.name for p in folder.iterdir()) == files
+    assert (folder / files[2]).read_bytes().startswith(b"\x89PNG") and err == ""
+    result = results.load(folder / files[0])
+    assert result["script"] == name
+    assert all(row["status"] == "ok" and row["speedup"] for row in result["rows"])
+    assert "win" in out or "loss" in out or "same" in out
+
+
+def test_the_batch_sweep_is_the_first_reports():
+    cells = workloads.batch_sweep(8, 128_256, large=True)
+    assert [c.batch_size for c in cells] == [1, 2, 4, 8, 16, 32, 64, 128, 256]
+    assert len(workloads.vocab_sweep(large=True)) == 2 * len(workloads.VOCABULARIES)
+
+
+def test_a_sweep_compares_with_an_earlier_one(capsys, tmp_path):
+    argv = [*SMOKE, "--samplers", "baseline", "--output", str(tmp_path)]
+    test_batch_sizes.main(argv)
+    path = results.folder(tmp_path, "cpu") / "test_batch_sizes-smoke.json"
+    old = results.load(path)
+    for row in old["rows"]:
+        row["latency_us"] = {k: v / 100 for k, v in row["latency_us"].items()}
+    earlier = tmp_path / "earlier.json"
+    earlier.write_text(results.dumps(old))
+    capsys.readouterr()
+    assert test_batch_sizes.main([*argv, "--compare", str(earlier)]) == 0
+    assert "Baseline (Python loop), batch 1, vocab 1000: latency slower" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("content, message", [(None, "No such file"), ("{}", "not a result file")])
+def test_an_earlier_result_that_cannot_be_read_is_one_line(capsys, tmp_path, content, message):
+    earlier = tmp_path / "earlier.json"
+    if content:
+        earlier.write_text(content)
+    with pytest.raises(SystemExit) as stop:
+        test_batch_sizes.main([*SMOKE, "--output", str(tmp_path), "--compare", str(earlier)])
+    err = capsys.readouterr().err
+    assert stop.value.code == 2 and message in err and err.count("\n") == 1
+
+
+def test_gpu_time_and_the_floor_have_a_table_and_a_panel(tmp_path):
+    entrants = sweep.contestants(["vectorized", "cpp"], "cpu")
+    cells = workloads.smoke(workloads.batch_sweep(8, 1000, large=False))
+    env = environment.collect("cpu", ["test_batch_sizes.py"])
+    result = results.make(
+        "test_batch_sizes", env, sweep.run(cells, entrants, "cpu", runs=2, seed=0)
+    )
+    for row in result["rows"]:  # no GPU here: the figures only stand in
+        row["gpu_us"], row["floor_us"] = row["latency_us"], 1.0
+    assert "GPU time (ms)" in report.table(result)
+    plots.over_batch(result, tmp_path / "plot.png")
+    assert (tmp_path / "plot.png").stat().st_size > 10_000

@@ -23,6 +23,7 @@ DEFAULT_SAMPLERS = {
     "cuda": ["baseline", "vectorized", "cuda"],
 }
 INTERRUPTED = 130
+SMOKE_RUNS = 5
 
 
 class _Parser(argparse.ArgumentParser):
@@ -103,7 +104,10 @@ def parse(parser: argparse.ArgumentParser, script: str, argv: Sequence[str] | No
             usual = ",".join(DEFAULT_SAMPLERS[args.device])
             command = entrant.command or f"python {script}.py --samplers {usual}"
             parser.error(f"--samplers {entrant.name}: {entrant.reason}; run: {command}")
-    args.path = results.folder(args.output, args.device) / f"{script}.json"
+    args.smoke = getattr(args, "smoke", False)
+    # Another name: a smoke run never replaces a recorded result, whatever --output is.
+    name = f"{script}-smoke.json" if args.smoke else f"{script}.json"
+    args.path = results.folder(args.output, args.device) / name
     args.old = None
     try:
         results.ensure_writable(args.path, args.overwrite)
@@ -117,8 +121,11 @@ def parse(parser: argparse.ArgumentParser, script: str, argv: Sequence[str] | No
 
 
 def measure(args, cells: Sequence[Workload]) -> dict:
-    """Prints the machine's line, then times `cells` with a progress bar on stderr (none where
-    stderr is no terminal). Returns the result."""
+    """Prints the machine's line, then times `cells`, with the dtype and acceptance of the options,
+    under a progress bar on stderr (none where stderr is no terminal). Returns the result."""
+    cells = [cell._replace(dtype=args.dtype, acceptance=args.acceptance) for cell in cells]
+    if args.smoke:
+        cells, args.runs = workloads.smoke(cells), min(args.runs, SMOKE_RUNS)
     env = environment.collect(args.device, args.command)
     say(args, environment.machine_line(env))
     say(args, "\n".join(describe(cell) for cell in cells) + "\n")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 # Two runs of the same code differ by this much from clocks and temperature alone.
 DRIFT = 0.03
-_KEY = ("sampler", "batch_size", "spec_length", "vocab_size", "dtype", "acceptance")
+_KEY = ("sampler", "workload", "batch_size", "spec_length", "vocab_size", "dtype", "acceptance")
 _CLOCKS = {"latency_us": "latency", "gpu_us": "GPU time"}
 
 

@@ -172,8 +172,8 @@ def _times(speedup: float | None) -> str:
 
 def _markdown(body: list[list], headers: list[str]) -> str:
     # Numbers arrive formatted; tabulate would drop their trailing zeros.
-    text = ("left",) + ("right",) * (len(headers) - 1)
-    return tabulate(body, headers, tablefmt="github", disable_numparse=True, colalign=text)
+    sides = ["left" if header in ("Method", "Configuration") else "right" for header in headers]
+    return tabulate(body, headers, tablefmt="github", disable_numparse=True, colalign=sides)
 
 
 def _list(lines: list[str]) -> list[str]:

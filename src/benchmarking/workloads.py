@@ -17,6 +17,9 @@ PEAKEDNESS = 4.0
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 # The touched bytes of all copies together against the L2 cache.
 L2_MARGIN = 1.25
+# A batch of one costs another time where it is accepted than where it is rejected: fewer different
+# requests than this in rotation would make a row's time and acceptance an accident of the seed.
+MIN_REQUESTS = 16
 
 
 class Workload(NamedTuple):
@@ -58,6 +61,30 @@ VOCABULARIES = {
     "Qwen2.5": 151_936,
     "Gemma-3": 262_144,
 }
+# What --smoke makes of a sweep: every cell, cut to this size.
+SMOKE = {"batch_size": 2, "spec_length": 3, "vocab_size": 1000}
+
+
+def batch_sweep(spec_length: int, vocab_size: int, large: bool) -> list[Workload]:
+    sizes = BATCH_SIZES + LARGE_BATCH_SIZES * large
+    return [Workload(size, spec_length, vocab_size) for size in sizes]
+
+
+def vocab_sweep(large: bool) -> list[Workload]:
+    return [
+        Workload(batch, SPEC_LENGTH, vocab, name=name)
+        for batch in [4] + [64] * large
+        for name, vocab in VOCABULARIES.items()
+    ]
+
+
+def smoke(cells: list[Workload]) -> list[Workload]:
+    """The same cells with no dimension above SMOKE's, without repetitions."""
+    smaller = [
+        cell._replace(**{name: min(getattr(cell, name), most) for name, most in SMOKE.items()})
+        for cell in cells
+    ]
+    return list(dict.fromkeys(smaller))
 
 
 class TooLarge(RuntimeError):
@@ -102,7 +129,7 @@ def make_copies(workload: Workload, device: str, seed: int) -> list[dict[str, to
             f"the inputs take {workload.copy_bytes / 2**30:.1f} GiB; "
             f"the budget here is {budget / 2**30:.1f} GiB"
         )
-    wanted = 2
+    wanted = max(2, math.ceil(MIN_REQUESTS / workload.batch_size))
     if device == "cuda":
         # At least one V-row a request is touched in each copy.
         touched = workload.batch_size * workload.row_bytes
