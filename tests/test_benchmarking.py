@@ -128,7 +128,7 @@ def test_a_sampler_on_a_stream_of_its_own_is_caught():
         with torch.cuda.stream(side):
             return vectorized(**inputs)
 
-    copies = workloads.make_copies(TINY, "cuda", 0)[:8]
+    copies = [workloads.make_inputs(TINY, "cuda", seed) for seed in range(8)]
     expected = [checks.expected_outputs(inputs) for inputs in copies]
     backlog = timing.make_backlog("cuda")
     assert checks.check(vectorized, copies, expected, backlog) is None
@@ -139,11 +139,67 @@ def test_a_sampler_on_a_stream_of_its_own_is_caught():
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA card")
 def test_on_a_gpu_only_what_can_be_captured_has_gpu_time():
     entrants = sweep.contestants(["baseline", "vectorized"], "cuda")
-    baseline, captured = sweep.run([TINY], entrants, "cuda", runs=3, seed=0)
+    baseline, captured = sweep.run([Workload(4, 4, 32_000)], entrants, "cuda", runs=3, seed=0)
     assert baseline["status"] == captured["status"] == "ok"
     assert baseline["gpu_us"] is None and captured["gpu_us"]["median"] > 0
     assert captured["gpu_us"]["median"] < captured["latency_us"]["median"]
     assert captured["cold"]
+
+
+class CallsWithoutAGraph:
+    """timing.CapturedCalls for a machine with no card: replay calls and copies into outputs."""
+
+    def __init__(self, function, copies):
+        if function is raises:
+            raise RuntimeError("operation not permitted when stream is capturing")
+        self.function, self.copies, self.count = function, copies, 2 * len(copies)
+        self.outputs = self.call()
+
+    def call(self):
+        return [self.function(**self.copies[i % len(self.copies)]) for i in range(self.count)]
+
+    def replay(self):
+        for output, again in zip(self.outputs, self.call(), strict=True):
+            for tensor, value in zip(output, again, strict=True):
+                tensor.copy_(value)
+
+
+class ReplaysNothing(CallsWithoutAGraph):
+    def replay(self):
+        pass
+
+
+def gpu_rows(monkeypatch, calls, functions):
+    def times(captured, backlog, *, runs):
+        return {name: [10.0, 20.0, 30.0] for name in captured}
+
+    monkeypatch.setattr(timing, "CapturedCalls", calls)
+    monkeypatch.setattr(timing, "gpu_times", times)
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
+    copies = [workloads.make_inputs(TINY, "cpu", seed) for seed in range(3)]
+    expected = [checks.expected_outputs(inputs) for inputs in copies]
+    entrants = {n: Contestant(n, n, f, n != "synchronising") for n, f in functions.items()}
+    rows = {name: sweep._empty_row(TINY, entrant) for name, entrant in entrants.items()}
+    for row in rows.values():
+        row["latency_us"] = timing.summary([50.0])
+    sweep._add_gpu_times(rows, functions, entrants, copies, expected, None)
+    return rows
+
+
+def test_gpu_time_is_for_checked_replays_and_latency_outlives_a_failed_capture(monkeypatch):
+    monkeypatch.setattr(sweep, "load_floor", lambda device: lambda **inputs: None)
+    functions = {"good": vectorized, "synchronising": vectorized, "uncapturable": raises}
+    rows = gpu_rows(monkeypatch, CallsWithoutAGraph, functions)
+    assert rows["good"]["gpu_us"]["median"] == 20 and rows["good"]["floor_us"] == 20
+    assert rows["synchronising"]["gpu_us"] is None and rows["synchronising"]["reason"] is None
+    assert rows["uncapturable"]["status"] == "ok" and rows["uncapturable"]["latency_us"]
+    assert "no GPU time: RuntimeError: operation not permitted" in rows["uncapturable"]["reason"]
+
+
+def test_a_replay_that_writes_nothing_is_a_failed_row(monkeypatch):
+    row = gpu_rows(monkeypatch, ReplaysNothing, {"stale": vectorized})["stale"]
+    assert row["status"] == "failed" and "in a CUDA graph: wrong tokens" in row["reason"]
+    assert row["latency_us"] is None
 
 
 def test_a_planted_slowdown_of_a_fifth_is_slower_and_noise_is_the_same():

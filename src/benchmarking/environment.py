@@ -89,6 +89,14 @@ def source_version() -> tuple[str | None, bool | None]:
     return commit, changes != ""
 
 
+def is_recorded(result: Path) -> bool:
+    """Whether git keeps this file. A run of your own is no recorded result until it is added.
+    True outside this repository, where only the files themselves can say."""
+    if not (ROOT / ".git").exists() or not result.resolve().is_relative_to(ROOT):
+        return True
+    return bool(_output(["git", "ls-files", "--", str(result.resolve())]))
+
+
 def _nvidia_smi(fields: str) -> str | None:
     if not torch.cuda.is_available():
         return None

@@ -1,6 +1,6 @@
 """Tables from result files, and the README's between its markers.
 
-python -m src.benchmarking.report --readme            rewrites the README's tables
+python -m src.benchmarking.report --readme            rewrites them from the results git keeps
 python -m src.benchmarking.report --readme --check    exit status 1 where they differ
 """
 
@@ -192,7 +192,9 @@ def readme_text(readme: str, recorded: Path) -> str:
 
 
 def _recorded_tables(script: str, recorded: Path) -> str:
-    paths = sorted(recorded.glob(f"*/{script}.json"), key=lambda p: (p.parent.name[:4], p))
+    paths = filter(environment.is_recorded, recorded.glob(f"*/{script}.json"))
+    # Graphics cards first.
+    paths = sorted(paths, key=lambda path: (path.parent.name.startswith("cpu-"), path))
     if not paths:
         return f"Nothing recorded yet: `python {script}.py` measures it on your machine."
     blocks = []

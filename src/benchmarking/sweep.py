@@ -46,9 +46,9 @@ def _contestant(sampler: samplers.Sampler, device: str) -> Contestant:
 
 
 def load_floor(device: str) -> Callable | None:
-    """A function with a sampler's arguments that only reads the rows that matter; None: not there.
+    """A capturable function with a sampler's arguments that only reads the rows that matter.
 
-    Nothing provides one yet; then floor_us is null.
+    None, and then floor_us is null, until the extension has such a kernel: return it here.
     """
     return None
 
@@ -89,7 +89,6 @@ def _measure(
         for name in runnable:
             _stop(rows[name], "skipped", checks.one_line(error))
         return list(rows.values())
-
     facts = measured_facts(workload, expected)
     facts["copies"] = len(copies)
     facts["cold"] = workloads.are_cold(workload, len(copies)) if device == "cuda" else None

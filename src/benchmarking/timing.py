@@ -90,9 +90,15 @@ class CapturedCalls:
         torch.cuda.synchronize()
         self.graph = torch.cuda.CUDAGraph()
         self.outputs = []
-        with torch.cuda.graph(self.graph):
-            for i in range(self.count):
-                self.outputs.append(function(**copies[i % len(copies)]))
+        stream = torch.cuda.current_stream()
+        try:
+            with torch.cuda.graph(self.graph):
+                for i in range(self.count):
+                    self.outputs.append(function(**copies[i % len(copies)]))
+        except BaseException:
+            # torch.cuda.graph leaves its own stream current where ending the capture raises.
+            torch.cuda.set_stream(stream)
+            raise
 
     def replay(self) -> None:
         self.graph.replay()

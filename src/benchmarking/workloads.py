@@ -20,6 +20,9 @@ L2_MARGIN = 1.25
 # A batch of one costs another time where it is accepted than where it is rejected: fewer different
 # requests than this in rotation would make a row's time and acceptance an accident of the seed.
 MIN_REQUESTS = 16
+# More calls would make a CUDA graph of some hundred thousand nodes; tiny inputs then fit the cache
+# and their rows say so (`cold` is false).
+MAX_COPIES = 1024
 
 
 class Workload(NamedTuple):
@@ -134,7 +137,7 @@ def make_copies(workload: Workload, device: str, seed: int) -> list[dict[str, to
         # At least one V-row a request is touched in each copy.
         touched = workload.batch_size * workload.row_bytes
         wanted = max(wanted, math.ceil(L2_MARGIN * l2_bytes() / touched))
-    count = min(wanted, budget // workload.copy_bytes)
+    count = min(wanted, budget // workload.copy_bytes, MAX_COPIES)
     return [make_inputs(workload, device, seed * 1_000_003 + i) for i in range(count)]
 
 
