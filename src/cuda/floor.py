@@ -25,6 +25,15 @@ def needed_rows(
     return torch.stack([target, draft], dim=1)
 
 
+def rows_of(inputs: dict, output) -> torch.Tensor:
+    """needed_rows of a sampler's padded arguments, all of K drafts given, and of its output (or the
+    oracle's)."""
+    p = inputs["target_probs"]
+    accepted = torch.as_tensor(output.num_accepted, device=p.device)
+    rejected = accepted < p.shape[1] - 1
+    return needed_rows(inputs["draft_probs"], p, accepted, rejected)
+
+
 def read_rows(
     draft_probs: torch.Tensor | None,
     target_probs: torch.Tensor,

@@ -1,0 +1,98 @@
+"""Pictures of result files: time over one dimension of the workload, both axes logarithmic."""
+
+from __future__ import annotations
+
+import io
+import textwrap
+from pathlib import Path
+
+import matplotlib
+
+matplotlib.use("Agg")  # no display is needed, and none is opened
+import matplotlib.pyplot as plt
+
+from src.benchmarking import report, results
+
+_CLOCKS = {
+    "latency_us": "Latency: call to synchronised result",
+    "gpu_us": "GPU time: calls in a CUDA graph",
+}
+_MARKERS = "osD^vPX"
+
+
+def over_batch(result: dict, path: Path) -> None:
+    """Time over batch size, with the floor where it was measured."""
+    _time_over(result, path, "batch_size", "batch size")
+
+
+def over_vocab(result: dict, path: Path) -> None:
+    """Time over vocab size, one line style for each batch size."""
+    _time_over(result, path, "vocab_size", "vocab size (tokens)")
+
+
+def _time_over(result: dict, path: Path, axis: str, title: str) -> None:
+    rows = [row for row in result["rows"] if row["latency_us"]]
+    clocks = [clock for clock in _CLOCKS if any(row[clock] for row in rows)] or ["latency_us"]
+    figure, panels = plt.subplots(
+        1, len(clocks), figsize=(6.5 * len(clocks), 5), squeeze=False, layout="constrained"
+    )
+    for panel, clock in zip(panels[0], clocks, strict=True):
+        _draw(panel, rows, clock, axis)
+        panel.set(xscale="log", yscale="log", xlabel=title, ylabel="microseconds a call")
+        panel.set_title(_CLOCKS[clock], fontsize=10)
+        ticks = _apart(sorted({row[axis] for row in rows}))
+        panel.set_xticks(ticks, [str(tick) for tick in ticks], fontsize=8)
+        panel.minorticks_off()
+        panel.yaxis.set_major_formatter("{x:g}")
+        panel.grid(True, alpha=0.3)
+    handles, labels = panels[0][-1].get_legend_handles_labels()
+    latency_only = panels[0][0].get_legend_handles_labels()
+    known = dict(zip(latency_only[1] + labels, latency_only[0] + handles, strict=True))
+    if known:
+        figure.legend(known.values(), known, loc="outside lower center", ncols=3, fontsize=8)
+    figure.suptitle(_caption(result), fontsize=9)
+    image = io.BytesIO()
+    figure.savefig(image, format="png", dpi=120)
+    plt.close(figure)
+    results.write_atomically(path, image.getvalue())
+
+
+def _draw(panel, rows: list[dict], clock: str, axis: str) -> None:
+    # Lines over the vocabulary are one batch size each; over the batch there is one line.
+    apart = "batch_size" if axis == "vocab_size" else "vocab_size"
+    samplers = list(dict.fromkeys(row["sampler"] for row in rows))
+    groups = sorted({row[apart] for row in rows})
+    for i, sampler in enumerate(samplers):
+        for style, group in enumerate(groups):
+            mine = [r for r in rows if r["sampler"] == sampler and r[apart] == group and r[clock]]
+            mine.sort(key=lambda row: row[axis])
+            if not mine:
+                continue
+            label = mine[0]["label"] + (f", batch {group}" if apart == "batch_size" else "")
+            x = [row[axis] for row in mine]
+            line = {"color": f"C{i}", "marker": _MARKERS[style % len(_MARKERS)], "markersize": 4}
+            line["linestyle"] = ["-", "--", ":", "-."][style % 4]
+            panel.plot(x, [row[clock]["median"] for row in mine], label=label, **line)
+            low, high = ([row[clock][edge] for row in mine] for edge in ("p10", "p90"))
+            panel.fill_between(x, low, high, color=f"C{i}", alpha=0.15)
+    for group in groups if clock == "gpu_us" else []:
+        floor = {r[axis]: r["floor_us"] for r in rows if r[apart] == group and r["floor_us"]}
+        if floor:
+            points = zip(*sorted(floor.items()), strict=True)
+            panel.plot(*points, color="black", linestyle=":", label="floor: only reads the rows")
+
+
+def _apart(values: list[int]) -> list[int]:
+    """Without those so near the one before that their labels would overlap."""
+    kept: list[int] = []
+    for value in values:
+        if not kept or value > 1.2 * kept[-1]:
+            kept.append(value)
+    return kept
+
+
+def _caption(result: dict) -> str:
+    first = result["rows"][0] if result["rows"] else {}
+    shape = f"spec length {first.get('spec_length')}, {first.get('dtype')}, "
+    shape += f"{first.get('acceptance')} acceptance; medians, shaded p10-p90"
+    return "\n".join([*textwrap.wrap(report.conditions(result), 72), shape])
