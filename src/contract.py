@@ -16,6 +16,8 @@ MAX_WEIGHT = 2.0**100
 
 MAX_VOCAB_SIZE = 2**31 - 512  # indices into the vocabulary are 32-bit in the kernels
 
+VERIFICATIONS = ("token", "block")
+
 PROBABILITY_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 TOKEN_DTYPES = (torch.int32, torch.int64)
 
@@ -250,6 +252,12 @@ def _check_one_source(uniforms, seeds, offsets, generator) -> None:
     ]
     if len(sources) > 1:
         raise ValueError(f"{' and '.join(sources)} were given; wanted one source of randomness")
+
+
+def validate_verification(verification: str) -> None:
+    """Raises ValueError for anything but "token" and "block"."""
+    if verification not in VERIFICATIONS:
+        raise ValueError(f"verification is {verification!r}; wanted 'token' or 'block'")
 
 
 def _check(name: str, tensor: torch.Tensor, dtypes: tuple[torch.dtype, ...], ndim: int) -> None:

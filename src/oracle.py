@@ -31,53 +31,97 @@ class OracleOutput(NamedTuple):
 
 
 def rejection_sample(
-    draft_token_ids, draft_probs, target_probs, *, uniforms, num_draft_tokens=None
+    draft_token_ids,
+    draft_probs,
+    target_probs,
+    *,
+    uniforms,
+    num_draft_tokens=None,
+    verification="token",
 ) -> OracleOutput:
-    """Arguments as in the contract, on any device and dtype; uniforms [B, K+1] must be given."""
+    """Arguments as in the contract, on any device and dtype; uniforms [B, K+1] must be given.
+
+    verification "token": Leviathan et al. 2023, algorithm 1; "block": Sun et al. 2024
+    (arXiv:2403.10444), algorithm 2, which accepts the longest prefix whose own test passes.
+    """
     ids, u = _float64(draft_token_ids).astype(np.int64), _float64(uniforms)
     p = _float64(target_probs)
     q = None if draft_probs is None else _float64(draft_probs)
     batch_size, spec_length = ids.shape
-    vocab_size = p.shape[2]
     lengths = [spec_length] * batch_size
     if num_draft_tokens is not None:
         lengths = np.clip(_float64(num_draft_tokens).astype(np.int64), 0, spec_length)
+    verify = {"token": _verify_tokens, "block": _verify_block}[verification]
 
     token_ids = np.full((batch_size, spec_length + 1), PLACEHOLDER_TOKEN_ID, dtype=np.int64)
     num_accepted = np.zeros(batch_size, dtype=np.int32)
     weights: list[np.ndarray] = []
-    margins = [np.inf] * batch_size
+    margins = []
     for b in range(batch_size):
-        accepted, rejected = 0, False
-        while accepted < lengths[b] and ids[b, accepted] != PLACEHOLDER_TOKEN_ID:
-            x = ids[b, accepted]
-            in_vocab = 0 <= x < vocab_size
-            q_x = 1.0 if q is None else (q[b, accepted, x] if in_vocab else np.nan)
-            p_x = p[b, accepted, x] if in_vocab else np.nan
-            margins[b] = min(margins[b], _margin(u[b, accepted] * q_x, p_x))
-            if not u[b, accepted] * q_x < p_x:
-                rejected = True
-                break
-            token_ids[b, accepted] = x
-            accepted += 1
-        target = p[b, accepted]
-        row = _weights(target)
-        if rejected:
-            if q is None:
-                draft = np.zeros(vocab_size)
-                if 0 <= ids[b, accepted] < vocab_size:
-                    draft[ids[b, accepted]] = 1.0
-            else:
-                draft = q[b, accepted]
-            with np.errstate(invalid="ignore"):
-                residual = _weights(target - draft)
-            if residual.sum() > 0:
-                row = residual
+        ended = np.flatnonzero(ids[b] == PLACEHOLDER_TOKEN_ID)
+        length = min([lengths[b], *ended[:1]])
+        q_b = [
+            _draft_row(None if q is None else q[b, k], x, p.shape[2])
+            for k, x in enumerate(ids[b, :length])
+        ]
+        accepted, row, margin = verify(ids[b, :length], q_b, p[b], u[b])
+        if not row.sum() > 0:
+            row = _weights(p[b, accepted])
+        token_ids[b, :accepted] = ids[b, :accepted]
         token_ids[b, accepted] = draw(row, u[b, spec_length])
         num_accepted[b] = accepted
         weights.append(row)
+        margins.append(margin)
     recovery = [float(x) for x in u[:, spec_length]]
     return OracleOutput(token_ids, num_accepted, weights, recovery, margins)
+
+
+def _draft_row(row, token, vocab_size) -> np.ndarray:
+    """q of one position: as given, or one-hot at the draft token."""
+    if row is not None:
+        return row
+    return (np.arange(vocab_size) == token).astype(np.float64)
+
+
+def _at(row: np.ndarray, token: int) -> float:
+    return row[token] if 0 <= token < len(row) else np.nan
+
+
+def _verify_tokens(ids, q, p, u) -> tuple[int, np.ndarray, float]:
+    """Accepted drafts, weights of the last token, and the nearest decision's margin, of one row."""
+    margin = np.inf
+    for k, x in enumerate(ids):
+        threshold, p_x = u[k] * _at(q[k], x), _at(p[k], x)
+        margin = min(margin, _margin(threshold, p_x))
+        if not threshold < p_x:
+            return k, _residual(p[k], q[k]), margin
+    return len(ids), _weights(p[len(ids)]), margin
+
+
+def _verify_block(ids, q, p, u) -> tuple[int, np.ndarray, float]:
+    """The same. reach[i]: the probability, at most 1, that block verification gives the prefix of
+    length i; its test passes with probability reach[i] at the end, before it with the share of
+    sum(max(reach[i] p - q, 0)) beside the 1 - reach[i] that is lost."""
+    margin, length = np.inf, len(ids)
+    reach = [1.0]
+    for k, x in enumerate(ids):
+        p_x, q_x = _at(p[k], x), _at(q[k], x)
+        step = reach[-1] * p_x
+        reach.append(0.0 if not step > 0 else 1.0 if not q_x > 0 else min(step / q_x, 1.0))
+    for i in range(length, -1, -1):
+        row = _residual(reach[i] * p[i], q[i]) if i < length else _weights(p[i])
+        passes = reach[i]
+        if i < length and reach[i] < 1:
+            passes = row.sum() / (row.sum() + 1 - reach[i])
+        if i == 0 or u[i - 1] < passes:
+            return i, row, min(margin, _margin(u[i - 1], passes) if i else np.inf)
+        margin = min(margin, _margin(u[i - 1], passes))
+    raise AssertionError("the empty prefix is always accepted")
+
+
+def _residual(p: np.ndarray, q: np.ndarray) -> np.ndarray:
+    with np.errstate(invalid="ignore"):
+        return _weights(p - q)
 
 
 def rejection_sample_from_logits(
@@ -89,6 +133,7 @@ def rejection_sample_from_logits(
     draft_probs=None,
     num_draft_tokens=None,
     draft_logsumexp=None,
+    verification="token",
     **parameters,
 ) -> OracleOutput:
     """rejection_sample of the distributions that `probabilities` makes of both sides' logits.
@@ -97,9 +142,8 @@ def rejection_sample_from_logits(
     if draft_logits is not None:
         q = probabilities(draft_logits, **parameters)
     p = probabilities(target_logits, **parameters)
-    return rejection_sample(
-        draft_token_ids, q, p, uniforms=uniforms, num_draft_tokens=num_draft_tokens
-    )
+    options = {"num_draft_tokens": num_draft_tokens, "verification": verification}
+    return rejection_sample(draft_token_ids, q, p, uniforms=uniforms, **options)
 
 
 def sample_from_logits(logits, *, uniforms, **parameters) -> tuple[np.ndarray, np.ndarray]:

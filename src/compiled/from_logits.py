@@ -6,7 +6,14 @@ from __future__ import annotations
 import torch
 
 from src.compiled.rejection_sampler import draw_weighted, sample_probabilities
-from src.contract import SampledTokens, SamplerOutput, Shape, validate_logits, validate_sample
+from src.contract import (
+    SampledTokens,
+    SamplerOutput,
+    Shape,
+    validate_logits,
+    validate_sample,
+    validate_verification,
+)
 from src.randomness import row_uniforms
 
 
@@ -26,6 +33,7 @@ def rejection_sample_from_logits(
     seeds: torch.Tensor | None = None,
     offsets: torch.Tensor | None = None,
     generator: torch.Generator | None = None,
+    verification: str = "token",
 ) -> SamplerOutput:
     """rejection_sample of what oracle.probabilities makes of both sides' logits.
 
@@ -36,9 +44,10 @@ def rejection_sample_from_logits(
     draft_logsumexp: [B, K] float64, what sample_from_logits returned for the drafts; saves a kernel
         the pass over draft_logits, and is not needed here.
     temperature, top_p, min_p: [B] float32; top_k: [B] int32; of both sides.
-    num_draft_tokens, uniforms, seeds, offsets, generator: as in rejection_sample.
+    num_draft_tokens, uniforms, seeds, offsets, generator, verification: as in rejection_sample.
     Raises TypeError and ValueError as contract.validate_logits does.
     """
+    validate_verification(verification)
     shape = validate_logits(
         draft_token_ids,
         target_logits,
@@ -70,11 +79,8 @@ def rejection_sample_from_logits(
     if log_q is not None:
         threshold = threshold + log_q.gather(-1, index).squeeze(-1)
     q = None if log_q is None else log_q.exp() if draft_probs is None else draft_probs.float()
-    return SamplerOutput(
-        *sample_probabilities(
-            draft_token_ids, q, log_p.exp(), num_draft_tokens, u, threshold < bound
-        )
-    )
+    arguments = (draft_token_ids, q, log_p.exp(), num_draft_tokens, u, verification)
+    return SamplerOutput(*sample_probabilities(*arguments, within=threshold < bound))
 
 
 def sample_from_logits(
