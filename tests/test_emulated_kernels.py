@@ -26,7 +26,8 @@ def check(case, launches=LAUNCHES):
     expected = samplers.get("cpp").load()(**case)
     problems = []
     if case.get("uniforms") is not None:
-        problems = oracle.disagreements(*expected, oracle.rejection_sample(**case))
+        epsilon = 1e-5 if case.get("verification") == "block" else None
+        problems = oracle.disagreements(*expected, oracle.rejection_sample(**case), epsilon)
     assert not problems, "\n".join(problems)
     for schedule, (kernel, blocks) in enumerate(launches):
         output = emulation.sampler(kernel, blocks, schedule)(**case)
@@ -108,3 +109,18 @@ def test_the_flattened_layout_gives_the_padded_ones_tokens():
         output = emulation.flattened_sampler(kernel, blocks)(**flat)
         for ours, cpp in zip(output, expected, strict=True):
             assert torch.equal(ours, cpp), (kernel, blocks)
+
+
+@pytest.mark.parametrize("vocab_size", [2, 600, 4096])
+@pytest.mark.parametrize("batch_size, spec_length", [(6, 1), (5, 5), (3, 0), (2, 40)])
+def test_block_verification_gives_the_cpp_kernels_tokens(batch_size, spec_length, vocab_size):
+    case = {**make_case(batch_size, spec_length, vocab_size), "verification": "block"}
+    check(case, LAUNCHES[1:])
+    check({**case, "draft_probs": None}, LAUNCHES[1:])
+
+
+@pytest.mark.parametrize("dtype", emulation.DTYPES, ids=str)
+def test_block_verification_of_every_dtype_ragged_and_degenerate(dtype):
+    case = {**ragged(make_case(7, 5, 1000, dtype=dtype)), "verification": "block"}
+    check(case, LAUNCHES[1:])
+    check({**degenerate_case(vocab_size=1100), "verification": "block"}, LAUNCHES[1:])

@@ -27,6 +27,7 @@ def check(case, **options):
 def test_verification_emits_the_cpp_kernels_tokens_bit_for_bit(vocab_size, which):
     case = make_logits_case(4, 3, vocab_size)
     check(case, **parameters(which))
+    check(case, **parameters(which), verification="block")
     check({**case, "draft_logits": None}, **parameters(which))
 
 

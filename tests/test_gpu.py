@@ -7,12 +7,13 @@ from pathlib import Path
 import pytest
 import torch
 
-from src import oracle, philox, samplers
+from src import from_logits, oracle, philox, samplers
 from src.contract import SamplerOutput
 from src.cuda import floor
 from src.cuda.csrc.compile_check import find_nvcc, include_folders
 from tests import emulation
-from tests.cases import make_case, poison_allocator, ragged, to_device
+from tests.cases import make_case, make_logits_case, poison_allocator, ragged, to_device
+from tests.test_from_logits import PARAMETERS, parameters
 
 pytestmark = pytest.mark.gpu
 ROOT = Path(__file__).resolve().parent.parent
@@ -30,6 +31,7 @@ def planned(exchange, blocks_per_row):
                 *(options.get(name) for name in names),
                 exchange,
                 blocks_per_row,
+                options.get("block", False),
             )
         )
 
@@ -55,6 +57,42 @@ def test_every_launch_emits_the_cpp_kernels_tokens_bit_for_bit(vocab_size, dtype
         poison_allocator("cuda", (3, 5), (3,))
         for ours, cpp in zip(sample(**there), expected, strict=True):
             assert torch.equal(ours.cpu(), cpp)
+
+
+@pytest.mark.parametrize("vocab_size", [1, 1000, 50257, 128256])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_block_verification_emits_the_cpp_kernels_tokens_bit_for_bit(vocab_size, dtype):
+    case = make_case(5, 6, vocab_size, dtype=dtype)
+    expected = samplers.get("cpp").load("cpu")(**case, verification="block")
+    there = to_device(case, "cuda")
+    for plan in plans():
+        poison_allocator("cuda", (5, 7), (5,))
+        for ours, cpp in zip(planned(*plan)(**there, block=True), expected, strict=True):
+            assert torch.equal(ours.cpu(), cpp), plan
+
+
+@pytest.mark.parametrize("verification", ["token", "block"])
+@pytest.mark.parametrize("which", PARAMETERS)
+@pytest.mark.parametrize("vocab_size", [7, 50257, 128256])
+def test_from_logits_emits_the_cpp_kernels_tokens_bit_for_bit(vocab_size, which, verification):
+    case = make_logits_case(4, 5, vocab_size, dtype=torch.bfloat16) | parameters(which)
+    case["verification"] = verification
+    expected = from_logits.get("cpp").load("cpu").rejection_sample_from_logits(**case)
+    there = to_device(case, "cuda")
+    poison_allocator("cuda", (4, 6), (4,))
+    output = from_logits.get("cuda").load("cuda").rejection_sample_from_logits(**there)
+    for ours, cpp in zip(output, expected, strict=True):
+        assert torch.equal(ours.cpu(), cpp)
+
+
+@pytest.mark.parametrize("which", PARAMETERS)
+def test_sampling_gives_the_cpp_kernels_tokens_and_logsumexp_bit_for_bit(which):
+    logits = make_logits_case(4, 0, 128256, dtype=torch.bfloat16)["target_logits"][:, 0]
+    case = {"logits": logits, "uniforms": torch.rand(4), **parameters(which)}
+    expected = from_logits.get("cpp").load("cpu").sample_from_logits(**case)
+    output = from_logits.get("cuda").load("cuda").sample_from_logits(**to_device(case, "cuda"))
+    for ours, cpp in zip(output, expected, strict=True):
+        assert torch.equal(ours.cpu(), cpp)
 
 
 @pytest.mark.parametrize("name", KERNELS)

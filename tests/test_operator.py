@@ -40,7 +40,7 @@ def test_opcheck_passes_for_out_and_the_flattened_layout(device):
     case = to_device(make_case(3, 4, 600), device)
     out = samplers.get(EXTENSION[device]).load(device)(**case)
     operators = torch.ops.fused_rejection
-    torch.library.opcheck(operators.rejection_sample_out.default, (*positional(case), *out))
+    torch.library.opcheck(operators.rejection_sample_out.default, (*positional(case), False, *out))
     flat = to_device(flatten(ragged(make_case(7, 5, 100))), device)
     arguments = (*flat.values(), None, None, None)
     torch.library.opcheck(operators.rejection_sample_flattened.default, arguments)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 
 from src.contract import SampledTokens, SamplerOutput, validate_logits, validate_sample
-from src.cuda.fused_sampler import checked_call, operator, register_fake, require
+from src.cuda.fused_sampler import checked_call, is_block, operator, register_fake, require
 
 __all__ = ["rejection_sample_from_logits", "require", "sample_from_logits"]
 
@@ -27,7 +27,7 @@ _SAMPLE_ARGUMENTS = ("temperature", "top_k", "top_p", "min_p", *_VERIFY_ARGUMENT
 
 
 def _validate_verify(ids, logits, *rest):
-    return validate_logits(ids, logits, **dict(zip(_VERIFY_ARGUMENTS, rest, strict=True)))
+    return validate_logits(ids, logits, **dict(zip(_VERIFY_ARGUMENTS, rest[:12], strict=True)))
 
 
 def _validate_sample(logits, *rest):
@@ -68,6 +68,7 @@ def rejection_sample_from_logits(
     seeds: torch.Tensor | None = None,
     offsets: torch.Tensor | None = None,
     generator: torch.Generator | None = None,
+    verification: str = "token",
 ) -> SamplerOutput:
     """Arguments, result and errors as in src.compiled.from_logits; no probability is ever written.
 
@@ -77,7 +78,7 @@ def rejection_sample_from_logits(
     """
     arguments = (draft_token_ids, target_logits, draft_logits, draft_probs, draft_logsumexp)
     arguments += (temperature, top_k, top_p, min_p, num_draft_tokens)
-    arguments += (uniforms, seeds, offsets, generator)
+    arguments += (uniforms, seeds, offsets, generator, is_block(verification))
     return SamplerOutput(*checked_call(_VERIFY, _validate_verify, arguments))
 
 

@@ -9,7 +9,13 @@ from pathlib import Path
 
 import torch
 
-from src.contract import SamplerOutput, SamplerUnavailable, validate, validate_flattened
+from src.contract import (
+    SamplerOutput,
+    SamplerUnavailable,
+    validate,
+    validate_flattened,
+    validate_verification,
+)
 
 BUILD_COMMAND = "cd src/cuda/csrc && python setup.py build_ext --inplace"
 _EXTENSION = "src.cuda.csrc.fused_rejection_C"
@@ -99,16 +105,24 @@ def checked_call(operator, check, arguments, *out):
         raise
 
 
+def is_block(verification: str) -> bool:
+    """Whether it is "block"; raises ValueError for what is neither that nor "token"."""
+    if verification == "token":
+        return False
+    validate_verification(verification)
+    return True
+
+
 _RANDOMNESS = ("uniforms", "seeds", "offsets", "generator")
 
 
-def _validate(ids, draft_probs, target_probs, num_draft_tokens, *randomness):
-    options = dict(zip(_RANDOMNESS, randomness, strict=True))
+def _validate(ids, draft_probs, target_probs, num_draft_tokens, *rest):
+    options = dict(zip(_RANDOMNESS, rest[:4], strict=True))
     return validate(ids, draft_probs, target_probs, num_draft_tokens=num_draft_tokens, **options)
 
 
 def _validate_flattened(*arguments):
-    options = dict(zip(_RANDOMNESS, arguments[6:], strict=True))
+    options = dict(zip(_RANDOMNESS, arguments[6:10], strict=True))
     return validate_flattened(*arguments[:6], **options)
 
 
@@ -150,10 +164,12 @@ def rejection_sample(
     seeds: torch.Tensor | None = None,
     offsets: torch.Tensor | None = None,
     generator: torch.Generator | None = None,
+    verification: str = "token",
     out: SamplerOutput | None = None,
 ) -> SamplerOutput:
     """Arguments, result, errors and source as in src.baseline.rejection_sampler.
 
+    verification: "token", or "block" (Sun et al. 2024, arXiv:2403.10444, algorithm 2).
     out: contiguous token_ids [B, K+1] and num_accepted [B], written in place of new tensors.
 
     On CUDA tensors the fast kernel runs on the current stream, without a synchronisation; it can be
@@ -162,7 +178,7 @@ def rejection_sample(
     uniforms or seeds. Raises SamplerUnavailable where the extension is missing.
     """
     arguments = (draft_token_ids, draft_probs, target_probs, num_draft_tokens)
-    arguments += (uniforms, seeds, offsets, generator)
+    arguments += (uniforms, seeds, offsets, generator, is_block(verification))
     if out is None:
         return SamplerOutput(*checked_call(_SAMPLE, _validate, arguments))
     try:
@@ -192,6 +208,7 @@ def rejection_sample_flattened(
     seeds: torch.Tensor | None = None,
     offsets: torch.Tensor | None = None,
     generator: torch.Generator | None = None,
+    verification: str = "token",
 ) -> SamplerOutput:
     """rejection_sample on vLLM's flattened ragged layout, without padding or copying it.
 
@@ -203,11 +220,12 @@ def rejection_sample_flattened(
     draft_probs: [N, V] float32, bfloat16 or float16, or None for one-hot drafts.
     target_probs: [N, V], the dtype of draft_probs.
     bonus_probs: [B, V], the target's distribution after each request's last draft.
-    uniforms, seeds, offsets, generator, errors: as in rejection_sample, B and K as above.
+    uniforms, seeds, offsets, generator, verification, errors: as in rejection_sample, B and K as
+        above.
     Returns token_ids [B, K+1] and num_accepted [B] int32.
     """
     arguments = (draft_token_ids, cu_num_draft_tokens, draft_probs, target_probs, bonus_probs)
-    arguments += (max_spec_length, uniforms, seeds, offsets, generator)
+    arguments += (max_spec_length, uniforms, seeds, offsets, generator, is_block(verification))
     return SamplerOutput(*checked_call(_FLATTENED, _validate_flattened, arguments))
 
 

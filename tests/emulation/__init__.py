@@ -43,6 +43,7 @@ class _Params(ctypes.Structure):
         ("target_row_stride", ctypes.c_int64),
         ("target_position_stride", ctypes.c_int64),
         ("num_draft_tokens", ctypes.c_void_p),
+        ("block_verification", ctypes.c_bool),
         ("draft_ends", ctypes.c_void_p),
         ("num_flat", ctypes.c_int64),
         ("bonus_probs", ctypes.c_void_p),
@@ -82,9 +83,12 @@ def sampler(kernel: str, blocks_per_row: int = 1, schedule: int = 0):
     """A sampler of the contract over the emulated `kernel`, its threads in an order of its own for
     each `schedule`."""
 
-    def rejection_sample(draft_token_ids, draft_probs, target_probs, **options):
+    def rejection_sample(
+        draft_token_ids, draft_probs, target_probs, *, verification="token", **options
+    ):
         shape = validate(draft_token_ids, draft_probs, target_probs, **options)
         strides = {
+            "block_verification": verification == "block",
             "target_row_stride": target_probs.stride(0),
             "draft_row_stride": 0 if draft_probs is None else draft_probs.stride(0),
         }
@@ -177,7 +181,13 @@ def from_logits(kernel: str, blocks_per_row: int = 1, schedule: int = 0):
     """rejection_sample_from_logits and, beside it, the last row's logsumexp."""
 
     def rejection_sample_from_logits(
-        draft_token_ids, target_logits, *, draft_logits=None, draft_probs=None, **options
+        draft_token_ids,
+        target_logits,
+        *,
+        draft_logits=None,
+        draft_probs=None,
+        verification="token",
+        **options,
     ):
         drafts = {"draft_logits": draft_logits, "draft_probs": draft_probs}
         shape = validate_logits(draft_token_ids, target_logits, **drafts, **options)
@@ -186,6 +196,7 @@ def from_logits(kernel: str, blocks_per_row: int = 1, schedule: int = 0):
         names = ("temperature", "top_k", "top_p", "min_p", "draft_logsumexp")
         own = {name: small.pop(name).data_ptr() for name in names if name in small}
         layout = {
+            "block_verification": verification == "block",
             "target_row_stride": target_logits.stride(0),
             "draft_row_stride": 0 if draft is None else draft.stride(0),
         }

@@ -11,7 +11,15 @@ void run(const Params& a, int kernel, int blocks_per_row, unsigned seed) {
   const int64_t tiles = num_tiles(a.vocab_size);
   const int threads = static_cast<int>(std::min<int64_t>(tiles, kMaxWarps)) * kWarp;
   const int rows = static_cast<int>(a.batch_size), blocks = rows * blocks_per_row;
-  if (kernel == 0) {
+  const size_t reach = (a.spec_length + 1) * sizeof(double) / sizeof(float);
+  if (a.block_verification && kernel == 1) {
+    const auto body = [&] { block_kernel<T, Step::kInCluster>(a, blocks_per_row, nullptr); };
+    emulation::launch(blocks, threads, blocks_per_row, reach + 2 * tiles, body, seed);
+  } else if (a.block_verification) {
+    std::vector<float> workspace(rows * tiles, NAN);
+    const auto body = [&] { block_kernel<T, Step::kSelect>(a, 1, workspace.data()); };
+    emulation::launch(rows, threads, 1, reach, body, seed);
+  } else if (kernel == 0) {
     emulation::launch((rows + 31) / 32, 32, 1, 0, [&] { thread_per_row_kernel<T>(a); }, seed);
   } else if (kernel == 1) {
     const auto body = [&] { fused_kernel<T, Step::kInCluster>(a, blocks_per_row, nullptr); };
@@ -97,18 +105,23 @@ void run_logits(const LogitsParams& a, int kernel, int n, unsigned seed) {
     emulation::launch(pass_blocks, threads, 1, 0, pass, seed);
   }
   const int blocks = static_cast<int>(batch_size) * n;
-  const size_t table = (2 * a.base.spec_length + 1) * sizeof(RowSummary) / sizeof(float);
+  const bool block = a.base.block_verification;
+  size_t table = (2 * a.base.spec_length + 1) * sizeof(RowSummary) / sizeof(float);
+  if (block) table += (a.base.spec_length + 1) * sizeof(double) / sizeof(float);
+  const TileStats* known = stats.data();
   if (kernel == 1) {
     const auto body = [&] {
-      logits_kernel<T, Step::kInCluster>(a, n, stats.data(), found, nullptr);
+      block ? logits_kernel<T, Step::kInCluster, true>(a, n, known, found, nullptr)
+            : logits_kernel<T, Step::kInCluster, false>(a, n, known, found, nullptr);
     };
     emulation::launch(blocks, threads, n, 2 * tiles + table, body, seed);
     return;
   }
-  const auto sum = [&] { logits_kernel<T, Step::kSum>(a, n, stats.data(), found, sums.data()); };
-  emulation::launch(blocks, threads, 1, table, sum, seed);
+  const auto sum = [&] { logits_kernel<T, Step::kSum, false>(a, n, known, found, sums.data()); };
+  if (!block) emulation::launch(blocks, threads, 1, table, sum, seed);
   const auto select = [&] {
-    logits_kernel<T, Step::kSelect>(a, 1, stats.data(), found, sums.data());
+    block ? logits_kernel<T, Step::kSelect, true>(a, 1, known, found, sums.data())
+          : logits_kernel<T, Step::kSelect, false>(a, 1, known, found, sums.data());
   };
   emulation::launch(static_cast<int>(batch_size), threads, 1, table, select, seed);
 }

@@ -184,6 +184,7 @@ inline void launch(int blocks, int threads, int cluster_size, size_t shared_floa
 
 }  // namespace emulation
 
+inline void __syncwarp() { emulation::fiber().warp->meet.wait(); }
 inline void __syncthreads() { emulation::block().meet.wait(); }
 
 template <typename T>

@@ -39,6 +39,7 @@ struct Arguments {
   OptionalTensor num_draft_tokens, draft_ends, bonus_probs, uniforms, seeds, offsets;
   OptionalGenerator generator;
   int64_t batch_size, spec_length;
+  bool block_verification = false;
 
   at::Device device() const { return target_probs.device(); }
   at::ScalarType dtype() const { return target_probs.scalar_type(); }
@@ -170,6 +171,7 @@ inline Params params_of(const Arguments& a, const Output& output) {
     if (a.draft_probs) p.draft_row_stride = a.draft_probs->stride(0);
   }
   p.num_draft_tokens = pointer<int32_t>(a.num_draft_tokens);
+  p.block_verification = a.block_verification;
   p.uniforms = pointer<float>(a.uniforms);
   p.seeds = pointer<int64_t>(a.seeds);
   p.offsets = pointer<int64_t>(a.offsets);
@@ -196,28 +198,42 @@ void fill_tile(const Row& row, int vocab_size, int tile, float* w) {
 }
 
 template <typename Row>
+void sum_tiles(const Row& row, int vocab_size, std::vector<float>& sums) {
+  at::parallel_for(0, static_cast<int64_t>(sums.size()), 16, [&](int64_t begin, int64_t end) {
+    float w[kTile];
+    for (int tile = static_cast<int>(begin); tile < end; ++tile) {
+      fill_tile(row, vocab_size, tile, w);
+      sums[tile] = tile_sum([&](int m) { return w[m]; });
+    }
+  });
+}
+
+template <typename Row>
+double total_of(const Row& row, int vocab_size) {
+  std::vector<float> sums(num_tiles(vocab_size));
+  sum_tiles(row, vocab_size, sums);
+  Spans spans;
+  sum_spans(static_cast<int>(sums.size()), [&](int tile) { return sums[tile]; }, spans);
+  return spans.total();
+}
+
+template <typename Row>
 int draw(Row row, int vocab_size, float u) {
   if (row.fixed_token >= 0) return row.fixed_token;
-  const int tiles = num_tiles(vocab_size);
-  std::vector<float> sums(tiles);
+  std::vector<float> sums(num_tiles(vocab_size));
+  const int tiles = static_cast<int>(sums.size());
   const auto sum_of = [&](int tile) { return sums[tile]; };
   for (int pass = 0; pass < 2; ++pass) {
-    at::parallel_for(0, tiles, 16, [&](int64_t begin, int64_t end) {
-      float w[kTile];
-      for (int tile = static_cast<int>(begin); tile < end; ++tile) {
-        fill_tile(row, vocab_size, tile, w);
-        sums[tile] = tile_sum([&](int m) { return w[m]; });
-      }
-    });
+    sum_tiles(row, vocab_size, sums);
     Spans spans;
     sum_spans(tiles, sum_of, spans);
     const Pick tile = pick_in_spans(tiles, sum_of, spans, u * spans.total());
     if (tile.item >= 0) {
       float w[kTile];
       fill_tile(row, vocab_size, tile.item, w);
-      const auto weight_at = [&](int m) { return w[m]; };
-      sum_spans(kTile, weight_at, spans);
-      return tile.item * kTile + pick_in_spans(kTile, weight_at, spans, tile.rest).item;
+      const auto weight_of = [&](int m) { return w[m]; };
+      sum_spans(kTile, weight_of, spans);
+      return tile.item * kTile + pick_in_spans(kTile, weight_of, spans, tile.rest).item;
     }
     row = row.target();  // no residual: draw from p
   }
@@ -230,11 +246,18 @@ void sample_batch(const Params& a, const RequestOf& request_of) {
   const auto sample_rows = [&](int64_t begin, int64_t end) {
     for (int64_t b = begin; b < end; ++b) {
       const auto request = request_of(b);
-      int64_t drawn = 0;
-      const auto decision = decide(request, [&] { return uniform(a, b, drawn++); });
-      const int token =
-          draw(decision.row, static_cast<int>(a.vocab_size), uniform(a, b, a.spec_length));
-      request.store(decision.accepted, token);
+      const int vocab_size = static_cast<int>(a.vocab_size);
+      const float u = uniform(a, b, a.spec_length);
+      if (a.block_verification) {
+        std::vector<double> reach(a.spec_length + 1);
+        const auto decision = decide_block(
+            request, reach.data(), [&](const auto& row) { return total_of(row, vocab_size); });
+        request.store(decision.accepted, draw(decision.row, vocab_size, u));
+      } else {
+        int64_t drawn = 0;
+        const auto decision = decide(request, [&] { return uniform(a, b, drawn++); });
+        request.store(decision.accepted, draw(decision.row, vocab_size, u));
+      }
     }
   };
   // A small batch leaves the threads to the tiles of each row.

@@ -17,7 +17,7 @@ from pathlib import Path
 
 HERE = Path(__file__).resolve().parent
 ARCHITECTURES = ["8.0", "8.6", "9.0", "12.0"]
-FAST = ("fused_kernel", "logits_kernel", "tile_stats_kernel")
+FAST = ("fused_kernel", "logits_kernel", "tile_stats_kernel", "block_kernel")
 OTHERS = ("thread_per_row_kernel", "threshold_kernel", "floor_kernel")
 KERNEL = re.compile(rf"\d({'|'.join((*FAST, *OTHERS))})[IE]")  # in a mangled name
 STEPS = {"0": "in cluster", "1": "sum", "2": "select"}
@@ -87,7 +87,8 @@ def describe(mangled: str) -> str:
     kernel = KERNEL.search(mangled)[1]
     dtype = re.search(kernel + r"I(?:NS0_)?(8BFloat16|7Float16|f)", mangled)
     step = re.search(r"StepE(\d)", mangled)
-    parts = [kernel, dtype and DTYPES[dtype[1]], step and STEPS[step[1]]]
+    block = kernel == "logits_kernel" and "Lb1E" in mangled
+    parts = [kernel, dtype and DTYPES[dtype[1]], step and STEPS[step[1]], block and "block"]
     return ", ".join(part for part in parts if part)
 
 

@@ -223,7 +223,7 @@ Output rejection_sample_from_logits(
     const OptionalTensor& temperature, const OptionalTensor& top_k, const OptionalTensor& top_p,
     const OptionalTensor& min_p, const OptionalTensor& num_draft_tokens,
     const OptionalTensor& uniforms, const OptionalTensor& seeds, const OptionalTensor& offsets,
-    const OptionalGenerator& generator) {
+    const OptionalGenerator& generator, bool block) {
   check(!draft_logits || !draft_probs, "draft_probs");
   LogitsArguments a{padded(ids, draft_logits ? draft_logits : draft_probs, target_logits,
                            num_draft_tokens, uniforms, seeds, offsets, generator),
@@ -234,6 +234,7 @@ Output rejection_sample_from_logits(
                     top_p,
                     min_p};
   a.check_parameters();
+  a.base.block_verification = block;
   Output output = allocate(a.base);
   sample(a, output, nullptr);
   return output;
@@ -282,7 +283,8 @@ TORCH_LIBRARY_FRAGMENT(fused_rejection, m) {
   m.def(
       "rejection_sample_from_logits(Tensor draft_token_ids, Tensor target_logits, "
       "Tensor? draft_logits, Tensor? draft_probs, Tensor? draft_logsumexp, " FR_PARAMETERS
-      "Tensor? num_draft_tokens, " FR_RANDOMNESS ") -> (Tensor token_ids, Tensor num_accepted)",
+      "Tensor? num_draft_tokens, " FR_RANDOMNESS
+      ", bool block=False) -> (Tensor token_ids, Tensor num_accepted)",
       tags);
   m.def("sample_from_logits(Tensor logits, " FR_PARAMETERS FR_RANDOMNESS
         ") -> (Tensor token_ids, Tensor logsumexp)",

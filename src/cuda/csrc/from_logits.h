@@ -191,6 +191,15 @@ struct LogitsRow {
   float draft_threshold;  // q's least kept logit; +inf where q has no mass
   double shift;           // log2(q / p) = (x_q - x_p) * scale + shift
 
+  FR_FUNCTION float p_value(float p_i) const { return softmax(p_i); }
+  FR_FUNCTION float q_value(float q_i) const {
+    if (!q_is_logits) return q_i;
+    const float x = finite_logit(q_i);
+    if (!(x >= draft_threshold && x > kNegativeInfinity)) return 0.0f;
+    const float log2_q = (x - softmax.reference) * softmax.scale - softmax.remainder;
+    return exp2_portable(log2_q + static_cast<float>(shift));
+  }
+
   FR_FUNCTION float with_draft(float p_i, float q_i) const {
     const float probability = softmax(p_i);
     if (!q_is_logits) return weight(probability, q_i);
@@ -262,10 +271,32 @@ struct LogitsRequest : Request<T> {
     const float x_q = finite_logit(static_cast<float>(read_argument(draft_row + id)));
     const RowSummary draft = summaries.draft(k);
     if (!softmax(draft).keeps(x_q)) return true;
-    // In log space: far down the tails p and q underflow, their ratio does not.
-    const double log2_ratio =
-        (static_cast<double>(x_q) - x_p) * scale + (target.logsumexp - draft.logsumexp) * kLog2E;
-    return accepts(u(), exp2_portable(static_cast<float>(log2_ratio < 126 ? log2_ratio : 126)), 1);
+    return accepts(u(), exp2_portable(log2_ratio(x_q, draft, x_p, target)), 1);
+  }
+
+  // log2 of one probability over another. In log space: far down the tails both underflow.
+  FR_FUNCTION float log2_ratio(float x, const RowSummary& row, float other_x,
+                               const RowSummary& other) const {
+    const double ratio =
+        (static_cast<double>(x) - other_x) * scale + (other.logsumexp - row.logsumexp) * kLog2E;
+    return static_cast<float>(ratio < 126 ? ratio : 126);
+  }
+
+  FR_FUNCTION Odds odds(int64_t k, int64_t id) const {
+    if (!this->in_vocab(id)) return {0.0, 1.0};
+    const RowSummary target = summaries.target(k);
+    if (greedy) return {id == target.argmax ? 1.0 : 0.0, 1.0};
+    const float x_p = finite_logit(static_cast<float>(read_argument(this->target_row(k) + id)));
+    const Softmax p = softmax(target);
+    const T* draft_row = this->draft_row(k);
+    if (!p.keeps(x_p)) return {0.0, 1.0};
+    if (!draft_row || !logits->draft_is_logits) {
+      return {p(x_p), draft_row ? static_cast<float>(read_argument(draft_row + id)) : 1.0f};
+    }
+    const float x_q = finite_logit(static_cast<float>(read_argument(draft_row + id)));
+    const RowSummary draft = summaries.draft(k);
+    if (!softmax(draft).keeps(x_q)) return {1.0, 0.0};
+    return {exp2_portable(log2_ratio(x_p, target, x_q, draft)), 1.0};
   }
 
   FR_FUNCTION Row row(int64_t k, int64_t id) const {

@@ -289,23 +289,28 @@ __device__ void summarize_request(const LogitsParams& a, int64_t b, const TileSt
   __syncthreads();
 }
 
-template <typename T, Step step>
+template <typename T, Step step, bool block>
 __global__ void __launch_bounds__(kMaxWarps* kWarp, 1)
     logits_kernel(const LogitsParams a, int blocks_per_row, const TileStats* stats,
                   const float* thresholds, float* workspace) {
-  FR_DYNAMIC_SHARED(float, shared);  // [2][tiles] in a cluster, then the table
+  FR_DYNAMIC_SHARED(double, shared);  // the table, reach [K + 1], tile sums [2][tiles] in a cluster
   if (step == Step::kInCluster) cluster_arrive();
   const int64_t b = blockIdx.x / blocks_per_row;
-  const int tiles = num_tiles(a.base.vocab_size);
-  RowSummary* table =
-      reinterpret_cast<RowSummary*>(shared + (step == Step::kInCluster ? 2 * tiles : 0));
+  RowSummary* table = reinterpret_cast<RowSummary*>(shared);
+  double* reach = reinterpret_cast<double*>(table + 2 * a.base.spec_length + 1);
+  float* sums = step == Step::kInCluster
+                    ? reinterpret_cast<float*>(reach + (block ? a.base.spec_length + 1 : 0))
+                    : workspace + b * num_tiles(a.base.vocab_size);
   summarize_request<T>(a, b, stats, thresholds, table);
   const LogitsRequest<T, TableSummaries> request(a, b, {table, a.base.spec_length});
   if (step != Step::kSum && a.logsumexp && blockIdx.x % blocks_per_row == 0 && threadIdx.x == 0) {
     a.logsumexp[b] = table[request.drafts > 0 ? request.drafts : 0].logsumexp;
   }
-  sample_request<step>(request, blocks_per_row,
-                       step == Step::kInCluster ? shared : workspace + b * tiles);
+  if (block) {
+    sample_block<step>(request, blocks_per_row, sums, reach);
+  } else {
+    sample_request<step>(request, blocks_per_row, sums);
+  }
 }
 
 }  // namespace
@@ -316,9 +321,12 @@ namespace fused_rejection {
 namespace {
 
 const void* const kLogitsKernels[] = {
-    reinterpret_cast<const void*>(&logits_kernel<float, Step::kInCluster>),
-    reinterpret_cast<const void*>(&logits_kernel<BFloat16, Step::kInCluster>),
-    reinterpret_cast<const void*>(&logits_kernel<Float16, Step::kInCluster>),
+    reinterpret_cast<const void*>(&logits_kernel<float, Step::kInCluster, false>),
+    reinterpret_cast<const void*>(&logits_kernel<BFloat16, Step::kInCluster, false>),
+    reinterpret_cast<const void*>(&logits_kernel<Float16, Step::kInCluster, false>),
+    reinterpret_cast<const void*>(&logits_kernel<float, Step::kInCluster, true>),
+    reinterpret_cast<const void*>(&logits_kernel<BFloat16, Step::kInCluster, true>),
+    reinterpret_cast<const void*>(&logits_kernel<Float16, Step::kInCluster, true>),
 };
 
 // The workspace: tile statistics, thresholds, tile sums.
@@ -336,8 +344,11 @@ struct Workspace {
   }
 };
 
+// Summaries and, for block verification, reach.
 int64_t table_bytes(const LogitsParams& a) {
-  return (2 * a.base.spec_length + 1) * static_cast<int64_t>(sizeof(RowSummary));
+  const int64_t table = (2 * a.base.spec_length + 1) * static_cast<int64_t>(sizeof(RowSummary));
+  const int64_t reach = (a.base.spec_length + 1) * static_cast<int64_t>(sizeof(double));
+  return table + (a.base.block_verification ? reach : 0);
 }
 
 int64_t cluster_bytes(const LogitsParams& a) {
@@ -372,17 +383,24 @@ struct LaunchLogits {
     }
     if (error != cudaSuccess) return error;
     cudaLaunchConfig_t config = configure(a.base.batch_size * n, threads, stream);
-    if (plan.exchange == Exchange::kCluster) {
-      return launch_in_clusters(logits_kernel<T, Step::kInCluster>, config, n, cluster_bytes(a), a,
-                                n, stats, thresholds, sums);
-    }
-    config.dynamicSmemBytes = static_cast<size_t>(table_bytes(a));
     const TileStats* known = stats;
     const float* found = thresholds;
-    error = cudaLaunchKernelEx(&config, logits_kernel<T, Step::kSum>, a, n, known, found, sums);
-    if (error != cudaSuccess) return error;
+    const bool block = a.base.block_verification;
+    if (plan.exchange == Exchange::kCluster) {
+      const auto kernel = block ? logits_kernel<T, Step::kInCluster, true>
+                                : logits_kernel<T, Step::kInCluster, false>;
+      return launch_in_clusters(kernel, config, n, cluster_bytes(a), a, n, known, found, sums);
+    }
+    config.dynamicSmemBytes = static_cast<size_t>(table_bytes(a));
+    if (!block) {
+      error = cudaLaunchKernelEx(&config, logits_kernel<T, Step::kSum, false>, a, n, known, found,
+                                 sums);
+      if (error != cudaSuccess) return error;
+    }
     config.gridDim = dim3(static_cast<unsigned>(a.base.batch_size));
-    return cudaLaunchKernelEx(&config, logits_kernel<T, Step::kSelect>, a, 1, known, found, sums);
+    const auto select =
+        block ? logits_kernel<T, Step::kSelect, true> : logits_kernel<T, Step::kSelect, false>;
+    return cudaLaunchKernelEx(&config, select, a, 1, known, found, sums);
   }
 };
 

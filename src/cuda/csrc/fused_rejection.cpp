@@ -36,14 +36,15 @@ Output rejection_sample_planned(const at::Tensor& ids, const OptionalTensor& dra
                                 const OptionalTensor& num_draft_tokens,
                                 const OptionalTensor& uniforms, const OptionalTensor& seeds,
                                 const OptionalTensor& offsets, const OptionalGenerator& generator,
-                                c10::string_view exchange, int64_t blocks_per_row) {
+                                c10::string_view exchange, int64_t blocks_per_row, bool block) {
   TORCH_CHECK_VALUE(exchange == "auto" || exchange == "cluster" || exchange == "workspace",
                     "exchange is '", exchange, "'; wanted auto, cluster or workspace");
   const Exchange wanted = exchange == "cluster"     ? Exchange::kCluster
                           : exchange == "workspace" ? Exchange::kWorkspace
                                                     : Exchange::kAuto;
-  const Arguments a =
+  Arguments a =
       padded(ids, draft_probs, target_probs, num_draft_tokens, uniforms, seeds, offsets, generator);
+  a.block_verification = block;
   const Output output = allocate(a);
   launch_on_device(a, output, [&](const Params& params, void* stream) {
     launch_planned(params, wanted, blocks_per_row, a, stream);
@@ -104,9 +105,11 @@ template <auto sample>
 Output rejection_sample(const at::Tensor& ids, const OptionalTensor& draft_probs,
                         const at::Tensor& target_probs, const OptionalTensor& num_draft_tokens,
                         const OptionalTensor& uniforms, const OptionalTensor& seeds,
-                        const OptionalTensor& offsets, const OptionalGenerator& generator) {
-  const Arguments a =
+                        const OptionalTensor& offsets, const OptionalGenerator& generator,
+                        bool block) {
+  Arguments a =
       padded(ids, draft_probs, target_probs, num_draft_tokens, uniforms, seeds, offsets, generator);
+  a.block_verification = block;
   Output output = allocate(a);
   sample(a, output);
   return output;
@@ -117,9 +120,10 @@ void rejection_sample_out(const at::Tensor& ids, const OptionalTensor& draft_pro
                           const at::Tensor& target_probs, const OptionalTensor& num_draft_tokens,
                           const OptionalTensor& uniforms, const OptionalTensor& seeds,
                           const OptionalTensor& offsets, const OptionalGenerator& generator,
-                          at::Tensor token_ids, at::Tensor num_accepted) {
-  const Arguments a =
+                          bool block, at::Tensor token_ids, at::Tensor num_accepted) {
+  Arguments a =
       padded(ids, draft_probs, target_probs, num_draft_tokens, uniforms, seeds, offsets, generator);
+  a.block_verification = block;
   const Output output{token_ids, num_accepted};
   check_output(a, output);
   sample(a, output);
@@ -130,10 +134,11 @@ Output rejection_sample_flattened(const at::Tensor& ids, const at::Tensor& cu_nu
                                   const OptionalTensor& draft_probs, const at::Tensor& target_probs,
                                   const at::Tensor& bonus_probs, int64_t max_spec_length,
                                   const OptionalTensor& uniforms, const OptionalTensor& seeds,
-                                  const OptionalTensor& offsets,
-                                  const OptionalGenerator& generator) {
-  const Arguments a = flattened(ids, cu_num_draft_tokens, draft_probs, target_probs, bonus_probs,
-                                max_spec_length, uniforms, seeds, offsets, generator);
+                                  const OptionalTensor& offsets, const OptionalGenerator& generator,
+                                  bool block) {
+  Arguments a = flattened(ids, cu_num_draft_tokens, draft_probs, target_probs, bonus_probs,
+                          max_spec_length, uniforms, seeds, offsets, generator);
+  a.block_verification = block;
   Output output = allocate(a);
   sample(a, output);
   return output;
@@ -159,19 +164,20 @@ void implement(torch::Library& m) {
 
 TORCH_LIBRARY(fused_rejection, m) {
   const std::vector<at::Tag> tags = {at::Tag::nondeterministic_seeded};
-  m.def("rejection_sample(" FR_ARGUMENTS ")" FR_RESULT, tags);
+  m.def("rejection_sample(" FR_ARGUMENTS ", bool block=False)" FR_RESULT, tags);
   m.def("rejection_sample_out(" FR_ARGUMENTS
-        ", Tensor(a!) token_ids, Tensor(b!) num_accepted) -> ()",
+        ", bool block, Tensor(a!) token_ids, Tensor(b!) num_accepted) -> ()",
         tags);
   m.def(
       "rejection_sample_flattened(Tensor draft_token_ids, Tensor cu_num_draft_tokens, "
       "Tensor? draft_probs, Tensor target_probs, Tensor bonus_probs, int "
-      "max_spec_length, " FR_RANDOMNESS ")" FR_RESULT,
+      "max_spec_length, " FR_RANDOMNESS ", bool block=False)" FR_RESULT,
       tags);
   m.def("rejection_sample_thread_per_row(" FR_ARGUMENTS ")" FR_RESULT, tags);
   // The fast kernel with its launch chosen by the caller, for tests and for docs/kernel.md's
   // ladder.
-  m.def("rejection_sample_planned(" FR_ARGUMENTS ", str exchange, int blocks_per_row)" FR_RESULT,
+  m.def("rejection_sample_planned(" FR_ARGUMENTS
+        ", str exchange, int blocks_per_row, bool block=False)" FR_RESULT,
         tags);
   m.def(
       "read_rows(Tensor? draft_probs, Tensor target_probs, Tensor rows, int blocks_per_row) "

@@ -67,6 +67,7 @@ struct Params {
   const void* target_probs;  // [B, K+1, V]
   int64_t target_row_stride, target_position_stride;
   const int32_t* num_draft_tokens;  // [B] or null
+  bool block_verification;          // else token by token
   // The flattened ragged layout, or null: request b's drafts are ends[b - 1] to ends[b] of
   // draft_token_ids [N], draft_probs [N, V] and target_probs [N, V]; its bonus row is bonus_probs
   // [B, V]. Of a request's drafts the first K count.
@@ -96,6 +97,8 @@ struct ProbsRow {
   int one_hot;  // the index where q is 1, or -1
   static constexpr int fixed_token = -1;
 
+  FR_FUNCTION float p_value(float p_i) const { return p_i; }
+  FR_FUNCTION float q_value(float q_i) const { return q_i; }
   FR_FUNCTION float with_draft(float p_i, float q_i) const { return weight(p_i, q_i); }
   FR_FUNCTION float without_draft(float p_i, int i) const {
     return weight(p_i, i == one_hot ? 1.0f : 0.0f);
@@ -117,6 +120,28 @@ FR_FUNCTION T read_argument(const T* pointer) {
 #endif
   return *pointer;
 }
+
+// A residual of block verification, max(reach * p - q, 0).
+template <typename Base>
+struct ReachRow : Base {
+  double reach;
+
+  FR_FUNCTION float scaled(float p, float q) const {
+    const double difference = reach * static_cast<double>(p) - static_cast<double>(q);
+    if (!(difference > 0.0)) return 0.0f;
+    return difference < kMaxWeight ? static_cast<float>(difference) : kMaxWeight;
+  }
+  FR_FUNCTION float with_draft(float p_i, float q_i) const {
+    if (reach == 1.0) return Base::with_draft(p_i, q_i);
+    return scaled(this->p_value(p_i), this->q_value(q_i));
+  }
+  FR_FUNCTION float without_draft(float p_i, int i) const {
+    if (reach == 1.0) return Base::without_draft(p_i, i);
+    return scaled(this->p_value(p_i), i == this->one_hot ? 1.0f : 0.0f);
+  }
+  FR_FUNCTION ReachRow from(int i) const { return {Base::from(i), reach}; }
+  FR_FUNCTION ReachRow target() const { return {Base::target(), 1.0}; }
+};
 
 template <typename Row>
 FR_FUNCTION float weight_at(const Row& row, int i) {
@@ -178,6 +203,20 @@ struct Request {
   }
 };
 
+// A draft token's p and q, up to a common factor.
+struct Odds {
+  double p, q;
+
+  // The reach of the prefix that ends with this token, from that of the one before it.
+  FR_FUNCTION double step(double reach) const {
+    const double product = reach * p;
+    if (!(product > 0.0)) return 0.0;
+    if (!(q > 0.0)) return 1.0;
+    const double quotient = product / q;
+    return quotient < 1.0 ? quotient : 1.0;
+  }
+};
+
 template <typename T>
 struct ProbsRequest : Request<T> {
   using Row = ProbsRow<T>;
@@ -190,6 +229,14 @@ struct ProbsRequest : Request<T> {
     const T* draft = this->draft_row(k);
     return accepts(u(), draft ? static_cast<float>(draft[id]) : 1.0f,
                    static_cast<float>(this->target_row(k)[id]));
+  }
+
+  // p and q of draft k, the token `id`.
+  FR_FUNCTION Odds odds(int64_t k, int64_t id) const {
+    if (!this->in_vocab(id)) return {0.0, 1.0};
+    const T* draft = this->draft_row(k);
+    return {static_cast<double>(static_cast<float>(read_argument(this->target_row(k) + id))),
+            draft ? static_cast<double>(static_cast<float>(read_argument(draft + id))) : 1.0};
   }
 
   // The row to draw from after k accepted drafts, `id` being the rejected one, or the placeholder
@@ -252,6 +299,43 @@ FR_FUNCTION Decision<typename Request::Row> decide(const Request& request,
   }
   request.params->num_accepted[request.b] = static_cast<int32_t>(accepted);
   return {accepted, request.row(accepted, rejected_id)};
+}
+
+// The share of a prefix's test, given the total of its residual.
+FR_FUNCTION double share_of(double total, double reach) {
+  return reach < 1.0 ? total / (total + (1.0 - reach)) : 1.0;
+}
+
+// Block verification (Sun et al. 2024, arXiv:2403.10444, algorithm 2) of one request by one thread:
+// the longest prefix whose test passes, tried from the longest on. `reach` is room for K + 1
+// numbers; `total_of(row)` sums a residual.
+template <typename Request, typename TotalOf>
+FR_FUNCTION Decision<ReachRow<typename Request::Row>> decide_block(const Request& request,
+                                                                   double* reach,
+                                                                   const TotalOf& total_of) {
+  using Row = ReachRow<typename Request::Row>;
+  const Params& a = *request.params;
+  int64_t drafts = 0;
+  reach[0] = 1.0;
+  for (; drafts < request.drafts && request.id(drafts) != kPlaceholderTokenId; ++drafts) {
+    reach[drafts + 1] = request.odds(drafts, request.id(drafts)).step(reach[drafts]);
+  }
+  Row row{request.row(drafts, kPlaceholderTokenId), 1.0};
+  int64_t accepted = drafts;
+  if (drafts > 0 && !(uniform(a, request.b, drafts - 1) < reach[drafts])) {
+    for (--accepted;; --accepted) {
+      if (!(reach[accepted] > 0.0)) continue;  // never the empty prefix, whose reach is 1
+      row = {request.row(accepted, request.id(accepted)), reach[accepted]};
+      if (accepted == 0) break;
+      const double total = reach[accepted] < 1.0 ? total_of(row) : 0.0;
+      if (uniform(a, request.b, accepted - 1) < share_of(total, reach[accepted])) break;
+    }
+  }
+  for (int64_t k = 0; k <= a.spec_length; ++k) {
+    if (k != accepted) request.store(k, k < accepted ? request.id(k) : kPlaceholderTokenId);
+  }
+  a.num_accepted[request.b] = static_cast<int32_t>(accepted);
+  return {accepted, row};
 }
 
 // Indices into a vocabulary are int: kMaxVocabSize leaves room for the last tile.

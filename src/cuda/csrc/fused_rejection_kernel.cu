@@ -71,6 +71,18 @@ __global__ void __launch_bounds__(kMaxWarps* kWarp, kResidentBlocks)
   sample_request<step>(request, blocks_per_row, sums);
 }
 
+// Block verification. `workspace` as above where there are no clusters; one block a row then.
+template <typename T, Step step>
+__global__ void __launch_bounds__(kMaxWarps* kWarp, 1)
+    block_kernel(const Params a, int blocks_per_row, float* workspace) {
+  FR_DYNAMIC_SHARED(double, shared);  // reach [K + 1], then, in a cluster, tile sums [2][tiles]
+  if (step == Step::kInCluster) cluster_arrive();
+  const ProbsRequest<T> request(a, blockIdx.x / blocks_per_row);
+  float* sums = step == Step::kInCluster ? reinterpret_cast<float*>(shared + a.spec_length + 1)
+                                         : workspace + request.b * num_tiles(a.vocab_size);
+  sample_block<step>(request, blocks_per_row, sums, shared);
+}
+
 }  // namespace
 }  // namespace fused_rejection
 
@@ -82,10 +94,17 @@ const void* const kFusedKernels[] = {
     reinterpret_cast<const void*>(&fused_kernel<float, Step::kInCluster>),
     reinterpret_cast<const void*>(&fused_kernel<BFloat16, Step::kInCluster>),
     reinterpret_cast<const void*>(&fused_kernel<Float16, Step::kInCluster>),
+    reinterpret_cast<const void*>(&block_kernel<float, Step::kInCluster>),
+    reinterpret_cast<const void*>(&block_kernel<BFloat16, Step::kInCluster>),
+    reinterpret_cast<const void*>(&block_kernel<Float16, Step::kInCluster>),
 };
 
 int64_t tile_sum_bytes(int64_t vocab_size) {
   return num_tiles(vocab_size) * static_cast<int64_t>(sizeof(float));
+}
+
+int64_t reach_bytes(const Params& a) {
+  return a.block_verification ? (a.spec_length + 1) * static_cast<int64_t>(sizeof(double)) : 0;
 }
 
 template <typename T>
@@ -93,6 +112,15 @@ struct LaunchFused {
   static cudaError_t run(const Params& a, const Plan& plan, float* workspace, cudaStream_t stream) {
     const int threads = warps_per_block(a.vocab_size) * kWarp, n = plan.blocks_per_row;
     cudaLaunchConfig_t config = configure(a.batch_size * n, threads, stream);
+    if (a.block_verification && plan.exchange == Exchange::kCluster) {
+      return launch_in_clusters(block_kernel<T, Step::kInCluster>, config, n,
+                                2 * tile_sum_bytes(a.vocab_size) + reach_bytes(a), a, n, workspace);
+    }
+    if (a.block_verification) {
+      config.gridDim = dim3(static_cast<unsigned>(a.batch_size));
+      config.dynamicSmemBytes = static_cast<size_t>(reach_bytes(a));
+      return cudaLaunchKernelEx(&config, block_kernel<T, Step::kSelect>, a, 1, workspace);
+    }
     if (plan.exchange == Exchange::kCluster) {
       return launch_in_clusters(fused_kernel<T, Step::kInCluster>, config, n,
                                 2 * tile_sum_bytes(a.vocab_size), a, n, workspace);
@@ -118,11 +146,13 @@ struct LaunchThreadPerRow {
 }  // namespace
 
 int plan_fused(const Params& a, Exchange exchange, int blocks_per_row, Plan* plan) {
+  if (reach_bytes(a) > kDefaultSharedBytes) return cudaErrorInvalidValue;
   const Device* device = nullptr;
   cudaError_t error = current_device(kFusedKernels, &device);
   if (error == cudaSuccess) {
-    error = plan_blocks(*device, a.batch_size, a.vocab_size, 2 * tile_sum_bytes(a.vocab_size),
-                        exchange, blocks_per_row, plan);
+    const int64_t shared_bytes = 2 * tile_sum_bytes(a.vocab_size) + reach_bytes(a);
+    error = plan_blocks(*device, a.batch_size, a.vocab_size, shared_bytes, exchange, blocks_per_row,
+                        plan);
   }
   plan->workspace_bytes =
       plan->exchange == Exchange::kWorkspace ? a.batch_size * tile_sum_bytes(a.vocab_size) : 0;

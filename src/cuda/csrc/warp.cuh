@@ -268,6 +268,34 @@ __device__ __forceinline__ Decision<typename Request::Row> warp_decide(const Req
 // the tile sums in `workspace` [B, tiles] between them; the stream orders them.
 enum class Step { kInCluster, kSum, kSelect };
 
+// This block's share of a row's tile sums, for every block of the row.
+template <Step step, typename Row>
+__device__ __forceinline__ void sweep(const Row& row, int blocks_per_row, int vocab_size,
+                                      float* sums) {
+  const int lane = threadIdx.x % kWarp, warp = threadIdx.x / kWarp, warps = blockDim.x / kWarp;
+  const int rank = blockIdx.x % blocks_per_row, tiles = num_tiles(vocab_size);
+  const bool is_aligned = aligned(row.p, row.q);
+  for (int tile = rank * warps + warp; tile < tiles; tile += warps * blocks_per_row) {
+    const float sum = warp_tile_sum(row, tile, vocab_size, is_aligned, lane);
+    if (step == Step::kInCluster) {
+      if (lane < blocks_per_row) store_to_block(sums + tile, lane, sum);
+    } else if (lane == 0) {
+      sums[tile] = sum;
+    }
+  }
+}
+
+// All threads that share tile sums wait for one another's.
+template <Step step>
+__device__ __forceinline__ void meet() {
+  if (step == Step::kInCluster) {
+    cluster_arrive();
+    cluster_wait();
+  } else {
+    __syncthreads();
+  }
+}
+
 // The body of a kernel whose grid has blocks_per_row blocks a request. `sums`: this block's copy of
 // the tile sums, [2][tiles] of shared memory, in a cluster; else the request's [tiles] of the
 // workspace. In a cluster every thread has called cluster_arrive() before.
@@ -312,23 +340,10 @@ __device__ __forceinline__ void sample_request(const Request& request, int block
   for (int pass = 0; pass < 2; ++pass) {
     float* sums = step == Step::kInCluster ? all_sums + pass * tiles : all_sums;
     if (step != Step::kSelect || pass > 0) {
-      const bool is_aligned = aligned(row.p, row.q);
-      for (int tile = rank * warps + warp; tile < tiles; tile += warps * blocks_per_row) {
-        const float sum = warp_tile_sum(row, tile, vocab_size, is_aligned, lane);
-        if (step == Step::kInCluster) {
-          if (lane < blocks_per_row) store_to_block(sums + tile, lane, sum);
-        } else if (lane == 0) {
-          sums[tile] = sum;
-        }
-      }
+      sweep<step>(row, blocks_per_row, vocab_size, sums);
     }
     if (step == Step::kSum) return;
-    if (step == Step::kInCluster) {
-      cluster_arrive();
-      cluster_wait();
-    } else {
-      __syncthreads();
-    }
+    meet<step>();
     if (warp == 0) {
       const Pick tile = warp_pick_tile(sums, tiles, recovery_uniform, lane);
       if (lane == 0) picked = tile.item >= 0;
@@ -345,6 +360,125 @@ __device__ __forceinline__ void sample_request(const Request& request, int block
     __syncthreads();
     if (picked) return;
     row = row.target();  // no residual: draw from p
+  }
+}
+
+// One warp: Spans::total of tile sums, in every lane.
+__device__ __forceinline__ double warp_total(const float* sums, int tiles, int lane) {
+  const Span span = span_of(tiles, lane);
+  double sum = 0;
+  for (int i = span.begin; i < span.end; ++i) sum += sums[i];
+  return __shfl_sync(kAllLanes, warp_scan(sum, lane), kSpans - 1);
+}
+
+// One warp: the reach of every prefix, and the number of drafts. Lanes gather, all walk.
+template <typename Request>
+__device__ __forceinline__ int64_t warp_reach(const Request& request, double* reach, int lane) {
+  double last = 1.0;
+  if (lane == 0) reach[0] = last;
+  for (int64_t first = 0;; first += kWarp) {
+    const int64_t k = first + lane;
+    const int64_t id = k < request.drafts ? request.id(k) : kPlaceholderTokenId;
+    const Odds odds = request.odds(k, id);
+    const unsigned ends = __ballot_sync(kAllLanes, id == kPlaceholderTokenId);
+    const int count = ends ? __ffs(ends) - 1 : kWarp;
+    for (int i = 0; i < count; ++i) {
+      const Odds here{__shfl_sync(kAllLanes, odds.p, i), __shfl_sync(kAllLanes, odds.q, i)};
+      last = here.step(last);
+      if (lane == 0) reach[first + i + 1] = last;
+    }
+    if (ends) return first + count;
+  }
+}
+
+// sample_request for block verification, decide_block's tests: the rows of ever shorter prefixes
+// are swept until a test passes; the token is drawn from the sums that passed it. `reach` is room
+// for K + 1 numbers. Not split over launches: without clusters it runs as kSelect, one block a
+// request.
+template <Step step, typename Request>
+__device__ __forceinline__ void sample_block(const Request& request, int blocks_per_row,
+                                             float* all_sums, double* reach) {
+  using Row = ReachRow<typename Request::Row>;
+  __shared__ Row shared_row;
+  __shared__ int64_t prefix;
+  __shared__ bool tested;  // the row's prefix is accepted whatever the sums are
+  __shared__ bool done, rejected;
+
+  const Params& a = *request.params;
+  const int lane = threadIdx.x % kWarp, warp = threadIdx.x / kWarp;
+  const int64_t b = request.b;
+  const int rank = blockIdx.x % blocks_per_row;
+  const int vocab_size = static_cast<int>(a.vocab_size), tiles = num_tiles(vocab_size);
+  const float u = uniform(a, b, a.spec_length);
+
+  // The longest prefix not longer than `k` that can be accepted, and its residual.
+  const auto attempt = [&](int64_t k) {
+    while (!(reach[k] > 0.0)) --k;  // the empty prefix has reach 1
+    prefix = k;
+    tested = k == 0 || !(reach[k] < 1.0);
+    shared_row = {request.row(k, request.id(k)), reach[k]};
+  };
+  if (warp == 0) {
+    const int64_t drafts = warp_reach(request, reach, lane);
+    __syncwarp();
+    if (lane == 0) {
+      if (drafts == 0 || uniform(a, b, drafts - 1) < reach[drafts]) {
+        prefix = drafts;
+        tested = true;
+        shared_row = {request.row(drafts, kPlaceholderTokenId), 1.0};
+      } else {
+        attempt(drafts - 1);
+      }
+    }
+  }
+  __syncthreads();
+  if (step == Step::kInCluster) cluster_wait();
+
+  bool from_target = false;
+  for (int pass = 0;; ++pass) {
+    Row row = shared_row;
+    if (from_target) row = row.target();
+    float* sums = step == Step::kInCluster ? all_sums + (pass & 1) * tiles : all_sums;
+    if (row.fixed_token < 0) sweep<step>(row, blocks_per_row, vocab_size, sums);
+    meet<step>();
+    if (warp == 0) {
+      const double total = row.fixed_token < 0 ? warp_total(sums, tiles, lane) : 0.0;
+      const int64_t k = prefix;
+      const bool passes = tested || uniform(a, b, k - 1) < share_of(total, reach[k]);
+      __syncwarp();
+      int token = row.fixed_token;
+      bool mine = rank == 0;
+      if (passes && token < 0) {
+        const Pick tile = warp_pick_tile(sums, tiles, u, lane);
+        if (tile.item >= 0) {
+          mine = tile.item / static_cast<int>(blockDim.x / kWarp) % blocks_per_row == rank;
+          if (mine) token = warp_pick_token(row, tile, vocab_size, lane);
+        } else if (from_target) {
+          token = 0;  // p has no mass either
+        } else {
+          mine = false;
+        }
+      } else if (!passes) {
+        mine = false;
+      }
+      if (lane == 0) {
+        const bool has_weight = row.fixed_token >= 0 || total > 0.0 || from_target;
+        done = passes && has_weight;
+        rejected = !passes;
+        if (mine && done) request.store(k, token);
+        if (rejected) attempt(k - 1);
+      }
+    }
+    __syncthreads();
+    if (done) break;
+    from_target = !rejected;  // accepted, but the residual has no weight: draw from p
+    __syncthreads();
+  }
+  if (rank == 0) {
+    for (int64_t k = threadIdx.x; k <= a.spec_length; k += blockDim.x) {
+      if (k != prefix) request.store(k, k < prefix ? request.id(k) : kPlaceholderTokenId);
+    }
+    if (threadIdx.x == 0) a.num_accepted[b] = static_cast<int32_t>(prefix);
   }
 }
 
