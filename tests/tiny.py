@@ -33,9 +33,9 @@ def llama(seed: int, vocab_size: int = VOCAB_SIZE, layers: int = 2):
 
 
 @functools.cache
-def relative(seed: int, noise: float = 0.05):
+def relative(seed: int, noise: float = 0.05, vocab_size: int = VOCAB_SIZE):
     """A draft for llama(seed): its weights with some noise, so that it is right now and then."""
-    model = llama(seed)
+    model = llama(seed, vocab_size)
     torch.manual_seed(seed + 1)
     draft = LlamaForCausalLM(model.config).eval()
     draft.load_state_dict(model.state_dict())

@@ -59,7 +59,8 @@ class Stats:
     rounds: rounds times active rows. drafted, accepted: [K], draft tokens proposed and accepted at
     each position; examined: those whose predecessors were all accepted. These are the sampler's
     verdicts: tokens cut off behind an EOS or the limit are in `accepted`, not in `tokens`.
-    seconds: of each phase, in a profiled generation only.
+    not_argmax: emitted tokens that are not the argmax of the logits that verified them (greedy
+    decoding with check=True only). seconds: of each phase, in a profiled generation only.
     """
 
     rounds: int = 0
@@ -67,6 +68,7 @@ class Stats:
     drafted: list[int] = field(default_factory=list)
     examined: list[int] = field(default_factory=list)
     accepted: list[int] = field(default_factory=list)
+    not_argmax: int = 0
     seconds: dict[str, float] = field(default_factory=dict)
 
     @property
@@ -113,6 +115,7 @@ class _State:
         self.drafted = zeros(spec_length)
         self.examined = zeros(spec_length)
         self.accepted = zeros(spec_length)
+        self.not_argmax = zeros()
         self.left = zeros()  # tokens that the row furthest from its limit may still take
 
     def newest(self, count: int) -> torch.Tensor:
@@ -139,7 +142,8 @@ class Decoder:
     mode: "eager", or "graphed": rounds captured in CUDA graphs (CUDA only).
     capturable: whether `sample` never reads a tensor on the host; where it does, graphed mode
         captures draft and verify and calls the sampler eagerly.
-    compiled: run the forwards under torch.compile.
+    compiled: run the target's forward under torch.compile.
+    check: count emitted tokens that greedy decoding should not have emitted (stats.not_argmax).
     Raises ValueError for a bad argument and for models of different vocabularies.
     """
 
@@ -157,6 +161,7 @@ class Decoder:
         mode: str = "eager",
         capturable: bool = True,
         compiled: bool = False,
+        check: bool = False,
     ):
         if mode not in MODES:
             raise ValueError(f"mode is {mode!r}; wanted one of {', '.join(MODES)}")
@@ -187,6 +192,7 @@ class Decoder:
         self._eos = torch.tensor(list(eos_token_ids), dtype=torch.int64, device=self.device)
         self._none = torch.empty((batch_size, 0), dtype=torch.int64, device=self.device)
         self._capturable = capturable
+        self._check_argmax = check
         self._graphed_phases = self._graphed_round = None
 
     def _draft(self) -> None:
@@ -225,6 +231,9 @@ class Decoder:
         junk = state.tokens.shape[1] - 1
         state.tokens.scatter_(1, torch.where(keep, position, junk), output.token_ids.long())
 
+        if self._check_argmax:
+            best = self.distribution.best(self._logits)
+            state.not_argmax += (keep & (output.token_ids != best)).sum()
         drafted = (self._draft_ids >= 0) & active
         state.rounds += active.sum()
         state.drafted += drafted.sum(0)
@@ -358,6 +367,7 @@ class Decoder:
             drafted=state.drafted.tolist(),
             examined=state.examined.tolist(),
             accepted=state.accepted.tolist(),
+            not_argmax=int(state.not_argmax),
             seconds={name: marked.get(name, 0.0) for name in PHASES} if profile else {},
         )
         return Generation(new, seconds, marked["prefill"], stats)
