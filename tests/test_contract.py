@@ -17,6 +17,7 @@ ALLOWED = {
     "baseline": {"contract", "randomness"},
     "compiled": {"contract", "randomness"},
     "cuda": {"contract", "randomness"},
+    "decoding": {"contract", "randomness", "samplers"},
     "samplers": {"baseline", "compiled", "contract", "cuda"},
     "from_logits": {"compiled", "contract", "cuda", "samplers"},
     "benchmarking": {"contract", "cuda", "oracle", "philox", "samplers"},

@@ -1,0 +1,419 @@
+"""The decoding loop: draft, verify, sample, for any sampler and any draft.
+
+Plain decoding is the same loop with no draft tokens (spec_length 0), so both sides of a comparison
+pay for the same bookkeeping. B = batch size, K = spec length, V = vocab size; the position of a
+token is its index in its row's text, prompt included.
+"""
+
+from __future__ import annotations
+
+import itertools
+import time
+from collections import deque
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+
+import torch
+
+from src.contract import SamplerOutput
+from src.decoding import graphs
+from src.decoding.cache import CachedModel
+
+PHASES = ("draft", "verify", "sample")
+MODES = ("eager", "graphed")
+
+
+class Distribution:
+    """Probabilities float32 [B, Q, V] from logits of the same shape.
+
+    processor: a transformers logits processor list whose members look at no earlier tokens: it is
+        called with (None, scores [N, V] float32).
+    greedy: all probability on the largest logit, with which every sampler of the contract decodes
+        greedily.
+    """
+
+    def __init__(self, processor: Callable | None = None, *, greedy: bool = False):
+        self.processor = processor
+        self.greedy = greedy
+
+    def __call__(self, logits: torch.Tensor) -> torch.Tensor:
+        if self.greedy:
+            probs = torch.zeros(logits.shape, dtype=torch.float32, device=logits.device)
+            return probs.scatter_(-1, self.best(logits)[..., None], 1.0)
+        return torch.softmax(self._processed(logits).float(), -1)
+
+    def best(self, logits: torch.Tensor) -> torch.Tensor:
+        """[B, Q] int64: the most probable tokens."""
+        return self._processed(logits).argmax(-1)
+
+    def _processed(self, logits: torch.Tensor) -> torch.Tensor:
+        if self.processor is None:
+            return logits
+        return self.processor(None, logits.float().flatten(0, 1)).view(logits.shape)
+
+
+@dataclass
+class Stats:
+    """Counts of one generation, over all rows while they were active.
+
+    rounds: rounds times active rows. drafted, accepted: [K], draft tokens proposed and accepted at
+    each position; examined: those whose predecessors were all accepted. These are the sampler's
+    verdicts: tokens cut off behind an EOS or the limit are in `accepted`, not in `tokens`.
+    not_argmax: emitted tokens that are not the argmax of the logits that verified them (greedy
+    decoding with check=True only). seconds: of each phase, in a profiled generation only.
+    """
+
+    rounds: int = 0
+    tokens: int = 0
+    drafted: list[int] = field(default_factory=list)
+    examined: list[int] = field(default_factory=list)
+    accepted: list[int] = field(default_factory=list)
+    not_argmax: int = 0
+    seconds: dict[str, float] = field(default_factory=dict)
+
+    @property
+    def mean_accepted_length(self) -> float:
+        """Tokens a round emits on average, the recovered or bonus token included."""
+        return 1 + sum(self.accepted) / self.rounds if self.rounds else 0.0
+
+    @property
+    def acceptance_by_position(self) -> list[float]:
+        """Accepted over proposed, of each draft position."""
+        return [a / d if d else 0.0 for a, d in zip(self.accepted, self.drafted, strict=True)]
+
+    @property
+    def acceptance(self) -> float:
+        """Accepted over examined draft tokens, the probability that a draft token is accepted."""
+        return sum(self.accepted) / sum(self.examined) if any(self.examined) else 0.0
+
+
+@dataclass
+class Generation:
+    """token_ids: the new tokens of each row, EOS included. seconds: wall clock of the whole call,
+    prefill_seconds: of its prefill."""
+
+    token_ids: list[list[int]]
+    seconds: float
+    prefill_seconds: float
+    stats: Stats
+
+
+class _State:
+    """What a round reads and writes, all of it on the device."""
+
+    def __init__(self, batch_size: int, capacity: int, spec_length: int, device):
+        def zeros(*shape, dtype=torch.int64):
+            return torch.zeros(shape, dtype=dtype, device=device)
+
+        self.tokens = zeros(batch_size, capacity + 1)  # the last column takes what is not kept
+        self.start = zeros(batch_size)  # position of the newest token, which no cache holds yet
+        self.limit = zeros(batch_size)  # position of the last token a row may have
+        self.done = zeros(batch_size, dtype=torch.bool)
+        self.seeds = zeros(batch_size)
+        self.offsets = zeros(batch_size)
+        self.rounds = zeros()
+        self.drafted = zeros(spec_length)
+        self.examined = zeros(spec_length)
+        self.accepted = zeros(spec_length)
+        self.not_argmax = zeros()
+        self.left = zeros()  # tokens that the row furthest from its limit may still take
+
+    def newest(self, count: int) -> torch.Tensor:
+        """[B, count]: the newest tokens. Before the first token the first is repeated."""
+        back = torch.arange(1 - count, 1, device=self.start.device)
+        return self.tokens.gather(1, (self.start[:, None] + back).clamp(min=0))
+
+    def clear(self) -> None:
+        """No rows: every one is done, and stays where it is in a round."""
+        for tensor in vars(self).values():
+            tensor.zero_()
+        self.done.fill_(True)
+
+
+class Decoder:
+    """Decodes up to batch_size prompts at a time; buffers and graphs are kept between calls.
+
+    target: a transformers causal LM in eval mode.
+    draft: maker of a draft, called with (batch_size, capacity); None for plain decoding.
+    sample: a sampler of src/contract.py.
+    spec_length: draft tokens a round; 0 with draft None.
+    max_length: the most tokens a row may have, prompt included.
+    eos_token_ids: tokens that end a row.
+    mode: "eager", or "graphed": rounds captured in CUDA graphs (CUDA only).
+    capturable: whether `sample` never reads a tensor on the host; where it does, graphed mode
+        captures draft and verify and calls the sampler eagerly.
+    compiled: run the target's forward under torch.compile.
+    check: count emitted tokens that greedy decoding should not have emitted (stats.not_argmax).
+    Raises ValueError for a bad argument and for models of different vocabularies.
+    """
+
+    def __init__(
+        self,
+        target,
+        draft: Callable[[int, int], object] | None,
+        sample: Callable[..., SamplerOutput],
+        *,
+        spec_length: int,
+        max_length: int,
+        batch_size: int = 1,
+        distribution: Distribution | None = None,
+        eos_token_ids: Sequence[int] = (),
+        mode: str = "eager",
+        capturable: bool = True,
+        compiled: bool = False,
+        check: bool = False,
+    ):
+        if mode not in MODES:
+            raise ValueError(f"mode is {mode!r}; wanted one of {', '.join(MODES)}")
+        if spec_length < 0 or (spec_length > 0) != (draft is not None):
+            raise ValueError(
+                f"spec_length is {spec_length} and draft {'None' if draft is None else 'given'}; "
+                "wanted a draft with spec_length >= 1, or neither"
+            )
+        self.device = target.device
+        if mode == "graphed":
+            graphs.require(self.device)
+        self.mode = mode
+        self.sample = sample
+        self.spec_length = spec_length
+        self.batch_size = batch_size
+        self.max_length = max_length
+        self.distribution = distribution or Distribution(greedy=True)
+        capacity = max_length + spec_length
+        self.target = CachedModel(target, batch_size, capacity, compiled=compiled)
+        self.draft = draft(batch_size, capacity) if draft is not None else None
+        drafting = getattr(self.draft, "cached", None)
+        if drafting is not None and drafting.vocab_size != self.target.vocab_size:
+            raise ValueError(
+                f"the draft's vocabulary has {drafting.vocab_size} tokens and the target's "
+                f"{self.target.vocab_size}; wanted the same vocabulary"
+            )
+        self._state = _State(batch_size, capacity, spec_length, self.device)
+        self._eos = torch.tensor(list(eos_token_ids), dtype=torch.int64, device=self.device)
+        self._none = torch.empty((batch_size, 0), dtype=torch.int64, device=self.device)
+        self._capturable = capturable
+        self._check_argmax = check
+        self._graphed_phases = self._graphed_round = None
+
+    def _draft(self) -> None:
+        self._draft_ids, self._draft_probs = self._none, None
+        if self.draft is not None:
+            self._draft_ids, self._draft_probs = self.draft.propose(
+                self._state, self.spec_length, self.distribution
+            )
+
+    def _verify(self) -> None:
+        # A missing draft token (-1) is verified as token 0: the sampler never looks at it.
+        query = torch.cat([self._state.newest(1), self._draft_ids.clamp(min=0)], 1)
+        self._logits = self.target.forward(query, self._state.start)
+
+    def _sample(self) -> None:
+        state = self._state
+        output = self.sample(
+            self._draft_ids,
+            self._draft_probs,
+            self.distribution(self._logits),
+            seeds=state.seeds,
+            # The draft drew its tokens with the first K uniforms of this round.
+            offsets=state.offsets + self.spec_length,
+        )
+        self._advance(output)
+
+    def _advance(self, output: SamplerOutput) -> None:
+        state = self._state
+        columns = torch.arange(self.spec_length + 1, device=self.device)
+        active = ~state.done[:, None]
+        num_accepted = output.num_accepted[:, None]
+        position = state.start[:, None] + 1 + columns
+        keep = active & (columns <= num_accepted) & (position <= state.limit[:, None])
+        is_eos = (output.token_ids[..., None] == self._eos).any(-1) & keep
+        keep = keep & (is_eos.long().cumsum(1) - is_eos.long() == 0)  # up to the first EOS
+        junk = state.tokens.shape[1] - 1
+        state.tokens.scatter_(1, torch.where(keep, position, junk), output.token_ids.long())
+
+        if self._check_argmax:
+            best = self.distribution.best(self._logits)
+            state.not_argmax += (keep & (output.token_ids != best)).sum()
+        drafted = (self._draft_ids >= 0) & active
+        state.rounds += active.sum()
+        state.drafted += drafted.sum(0)
+        state.examined += (drafted & (columns[:-1] <= num_accepted)).sum(0)
+        state.accepted += (active & (columns[:-1] < num_accepted)).sum(0)
+        state.start += keep.sum(1)
+        state.done |= is_eos.any(1) | (state.start >= state.limit)
+        state.offsets += 2 * self.spec_length + 1
+        state.left.copy_((state.limit - state.start).masked_fill(state.done, 0).max())
+
+    def _functions(self, profile: bool) -> list[Callable[[], object]]:
+        """What to call for a round: the phases where they are timed, else as few as possible."""
+        phases = [self._draft, self._verify, self._sample]
+        if self.mode == "eager":
+            return phases
+        clear = self._state.clear
+        if not self._capturable:
+            if self._graphed_phases is None:
+                self._graphed_phases = [*graphs.capture(phases[:2], clear), self._sample]
+            return self._graphed_phases
+        if profile:
+            if self._graphed_phases is None:
+                self._graphed_phases = graphs.capture(phases, clear)
+            return self._graphed_phases
+        if self._graphed_round is None:
+            self._graphed_round = graphs.capture([lambda: [phase() for phase in phases]], clear)
+        return self._graphed_round
+
+    @torch.no_grad()
+    def generate(
+        self,
+        prompts: Sequence[Sequence[int]],
+        max_new_tokens: int,
+        *,
+        seeds: Sequence[int] | None = None,
+        profile: bool = False,
+        on_tokens: Callable[[int, list[int]], object] | None = None,
+    ) -> Generation:
+        """Decodes every prompt until an EOS token or max_new_tokens.
+
+        prompts: token ids, at least one a prompt; at most batch_size prompts.
+        seeds: one a prompt; its tokens then do not depend on the other rows. Without them they
+            come from torch's default generator.
+        profile: time draft, verify and sample (stats.seconds). In graphed mode the round is then
+            three graphs instead of one.
+        on_tokens: called after each round with (row, its new tokens).
+        Raises ValueError for a prompt that is empty or does not fit.
+        """
+        self._check(prompts, max_new_tokens, seeds)
+        functions = self._functions(profile)
+        longest = self._fill(prompts, max_new_tokens, seeds)
+        clock = _Clock(self.device)
+        begin = clock.synchronized()
+        clock.mark("prefill")
+        if longest > 1:
+            start = torch.zeros_like(self._state.start)
+            self.target.forward(self._state.tokens[:, : longest - 1], start, keep=1)
+        if self.draft is not None:
+            self.draft.prefill(self._state.tokens, longest)
+        clock.mark("rounds")
+        sent = [len(prompt) for prompt in prompts]
+        # A second round may be in flight unread where the first cannot be the last but by EOS.
+        depth = 2 if self.mode == "graphed" and on_tokens is None else 1
+        left, unread = max_new_tokens, deque()
+        while left:
+            if len(unread) < depth and (not unread or left > self.spec_length + 1):
+                for name, function in zip(PHASES, functions, strict=False):
+                    if profile:
+                        clock.mark(name)
+                    function()
+                unread.append(_HostCopy(self._state.left))
+            else:
+                left = unread.popleft().value()
+                if on_tokens is not None:
+                    self._report(on_tokens, sent)
+        clock.mark("end")
+        seconds = clock.synchronized() - begin
+        return self._result(prompts, seconds, clock.seconds(), profile)
+
+    def _check(self, prompts, max_new_tokens, seeds) -> None:
+        if not 1 <= len(prompts) <= self.batch_size:
+            raise ValueError(f"{len(prompts)} prompts came; wanted 1 to {self.batch_size}")
+        if max_new_tokens < 1:
+            raise ValueError(f"max_new_tokens is {max_new_tokens}; wanted at least 1")
+        if seeds is not None and len(seeds) != len(prompts):
+            raise ValueError(f"{len(seeds)} seeds came for {len(prompts)} prompts; wanted one each")
+        for row, prompt in enumerate(prompts):
+            if not 1 <= len(prompt) <= self.max_length - max_new_tokens:
+                raise ValueError(
+                    f"prompt {row} has {len(prompt)} tokens; wanted 1 to max_length - "
+                    f"max_new_tokens = {self.max_length - max_new_tokens}"
+                )
+
+    def _fill(self, prompts, max_new_tokens, seeds) -> int:
+        state, count = self._state, len(prompts)
+        lengths = torch.tensor([len(prompt) for prompt in prompts])
+        longest = int(lengths.max())
+        tokens = torch.zeros((count, longest), dtype=torch.int64)
+        for row, prompt in enumerate(prompts):
+            tokens[row, : len(prompt)] = torch.tensor(prompt)
+        if seeds is None:
+            seeds = torch.randint(2**62, (count,)).tolist()
+        state.clear()
+        # Rows without a prompt stay done. Shorter prompts are padded on the right: what prefill
+        # writes there is behind the mask until the row's own tokens overwrite it.
+        state.done[:count] = False
+        state.tokens[:count, :longest] = tokens.to(self.device)
+        state.start[:count] = (lengths - 1).to(self.device)
+        state.limit[:count] = (lengths - 1 + max_new_tokens).to(self.device)
+        state.seeds[:count] = torch.tensor(seeds).to(self.device)
+        return longest
+
+    def _rows(self, prompts) -> list[list[int]]:
+        ends = self._state.start.tolist()
+        tokens = self._state.tokens.tolist()
+        return [tokens[row][: ends[row] + 1] for row in range(len(prompts))]
+
+    def _report(self, on_tokens, sent: list[int]) -> None:
+        for row, text in enumerate(self._rows(sent)):
+            if len(text) > sent[row]:
+                on_tokens(row, text[sent[row] :])
+                sent[row] = len(text)
+
+    def _result(self, prompts, seconds, marked, profile) -> Generation:
+        state = self._state
+        rows = self._rows(prompts)
+        new = [row[len(prompt) :] for row, prompt in zip(rows, prompts, strict=True)]
+        stats = Stats(
+            rounds=int(state.rounds),
+            tokens=sum(len(row) for row in new),
+            drafted=state.drafted.tolist(),
+            examined=state.examined.tolist(),
+            accepted=state.accepted.tolist(),
+            not_argmax=int(state.not_argmax),
+            seconds={name: marked.get(name, 0.0) for name in PHASES} if profile else {},
+        )
+        return Generation(new, seconds, marked["prefill"], stats)
+
+
+class _HostCopy:
+    """A device scalar on its way to the host, without stopping what is queued behind it."""
+
+    def __init__(self, scalar: torch.Tensor):
+        self._copy, self._event = scalar, None
+        if scalar.is_cuda:
+            self._copy = torch.empty((), dtype=scalar.dtype, pin_memory=True)
+            self._copy.copy_(scalar, non_blocking=True)
+            self._event = torch.cuda.Event()
+            self._event.record()
+
+    def value(self) -> int:
+        if self._event is not None:
+            self._event.synchronize()
+        return int(self._copy)
+
+
+class _Clock:
+    """Seconds between marks, by CUDA events where there is a device to time, without waiting."""
+
+    def __init__(self, device: torch.device):
+        self._cuda = device.type == "cuda"
+        self._marks = []
+
+    def synchronized(self) -> float:
+        if self._cuda:
+            torch.cuda.synchronize()
+        return time.perf_counter()
+
+    def mark(self, name: str) -> None:
+        if self._cuda:
+            at = torch.cuda.Event(enable_timing=True)
+            at.record()
+        else:
+            at = time.perf_counter()
+        self._marks.append((name, at))
+
+    def seconds(self) -> dict[str, float]:
+        """The time after each mark up to the next, summed by name. Call it when synchronized."""
+        total = {}
+        for (name, at), (_, following) in itertools.pairwise(self._marks):
+            passed = at.elapsed_time(following) / 1e3 if self._cuda else following - at
+            total[name] = total.get(name, 0.0) + passed
+        return total

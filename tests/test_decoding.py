@@ -1,0 +1,178 @@
+"""The decoding loop on tiny models: greedy losslessness, rows, stopping, seeds."""
+
+import itertools
+
+import pytest
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from src import samplers
+from src.decoding.drafts import PromptLookupDraft, forced_acceptance
+from src.decoding.speculative import Decoder, Distribution
+from tests.tiny import VOCAB_SIZE, drafting, llama, relative
+
+VECTORIZED = samplers.get("vectorized").load()
+PROMPTS = [[5, 6, 7, 8], [1], [9, 3, 9, 3, 9, 3, 2]]
+NEW = 24
+DRAFTS = {
+    "the target itself": drafting(llama(0), VECTORIZED),
+    "a relative": drafting(relative(0), VECTORIZED),
+    "a stranger": drafting(llama(3), VECTORIZED),
+    "prompt lookup": lambda batch_size, capacity: PromptLookupDraft(),
+}
+
+
+def decoder(draft=None, spec_length=0, sample=VECTORIZED, **options):
+    options = {"max_length": 40, "batch_size": 3, **options}
+    return Decoder(llama(0), draft, sample, spec_length=spec_length, **options)
+
+
+def by_generate(prompt, new=NEW, **options):
+    """What transformers' own greedy decoding emits."""
+    ids = torch.tensor([prompt])
+    output = llama(0).generate(ids, max_new_tokens=new, do_sample=False, **options)
+    return output[0, len(prompt) :].tolist()
+
+
+def test_plain_decoding_emits_what_transformers_does():
+    assert decoder().generate(PROMPTS, NEW).token_ids == [by_generate(p) for p in PROMPTS]
+
+
+@pytest.mark.parametrize("sampler", ["vectorized", "baseline"])
+@pytest.mark.parametrize("spec_length", [1, 4])
+@pytest.mark.parametrize("draft", DRAFTS)
+def test_greedy_speculative_decoding_emits_what_plain_decoding_does(draft, spec_length, sampler):
+    sample = samplers.get(sampler).load()
+    result = decoder(DRAFTS[draft], spec_length, sample).generate(PROMPTS, NEW)
+    assert result.token_ids == [by_generate(p) for p in PROMPTS]
+
+
+def test_the_target_as_its_own_draft_is_always_accepted_and_a_relative_sometimes():
+    own = decoder(DRAFTS["the target itself"], 3).generate(PROMPTS, NEW).stats
+    assert own.acceptance == 1 and own.mean_accepted_length == 4
+    assert own.rounds == 3 * NEW / 4
+    some = decoder(DRAFTS["a relative"], 3).generate(PROMPTS, NEW).stats
+    assert 0 < some.acceptance < 1, "rollback and full acceptance are both exercised"
+    assert some.acceptance_by_position == sorted(some.acceptance_by_position, reverse=True)
+    assert sum(some.accepted) + some.rounds >= some.tokens == 3 * NEW
+
+
+@pytest.mark.parametrize("draft", DRAFTS)
+def test_an_eos_inside_a_round_ends_its_row_only(draft):
+    free = [by_generate(p) for p in PROMPTS]
+
+    def ends(eos):
+        return [min([row.index(e) + 1 for e in eos if e in row], default=NEW) for row in free]
+
+    pairs = itertools.combinations(range(VOCAB_SIZE), 2)
+    eos = next(pair for pair in pairs if len(set(ends(pair))) == 3 and min(ends(pair)) > 2)
+    result = decoder(DRAFTS[draft], 4, eos_token_ids=eos).generate(PROMPTS, NEW)
+    assert result.token_ids == [row[:end] for row, end in zip(free, ends(eos), strict=True)]
+
+
+def test_a_decoder_starts_afresh_with_every_call():
+    speculative = decoder(DRAFTS["a relative"], 4)
+    for prompts in (PROMPTS, PROMPTS[::-1], PROMPTS[1:2]):
+        assert speculative.generate(prompts, NEW).token_ids == [by_generate(p) for p in prompts]
+
+
+def test_an_explicit_stopping_length_is_met_exactly():
+    for new in (1, 2, 3, 5):
+        result = decoder(DRAFTS["the target itself"], 4).generate(PROMPTS, new)
+        assert result.token_ids == [by_generate(p, new) for p in PROMPTS]
+
+
+@pytest.mark.parametrize("draft", DRAFTS)
+def test_a_request_with_a_seed_does_not_depend_on_its_batch(draft):
+    def run(prompts, seeds):
+        sampled = Distribution()
+        speculative = decoder(DRAFTS[draft], 3, distribution=sampled)
+        return speculative.generate(prompts, NEW, seeds=seeds).token_ids
+
+    together = run(PROMPTS, [11, 12, 13])
+    assert run(PROMPTS[::-1], [13, 12, 11]) == together[::-1]
+    assert [run([p], [11 + i])[0] for i, p in enumerate(PROMPTS)] == together
+    assert run(PROMPTS, [21, 22, 23]) != together
+
+
+class _NoHost(TorchDispatchMode):
+    READS = ("_local_scalar_dense", "nonzero", "masked_select", "is_nonzero", "equal", "_unique")
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        assert func.__name__.split(".")[0] not in self.READS, f"{func} waits for the device"
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("greedy", [True, False])
+@pytest.mark.parametrize("draft", DRAFTS)
+def test_a_round_never_reads_the_device(draft, greedy):
+    speculative = decoder(DRAFTS[draft], 3, distribution=Distribution(greedy=greedy))
+    speculative.generate(PROMPTS, 4)
+    with torch.no_grad(), _NoHost():
+        for phase in speculative._functions(profile=True):
+            phase()
+
+
+def test_new_tokens_are_reported_as_they_come():
+    rows = [[], [], []]
+    result = decoder(DRAFTS["a relative"], 3).generate(
+        PROMPTS, NEW, on_tokens=lambda row, tokens: rows[row].extend(tokens)
+    )
+    assert rows == result.token_ids
+
+
+def test_the_phases_of_a_profiled_run_add_up():
+    result = decoder(DRAFTS["a relative"], 3).generate(PROMPTS, NEW, profile=True)
+    assert set(result.stats.seconds) == {"draft", "verify", "sample"}
+    total = sum(result.stats.seconds.values()) + result.prefill_seconds
+    assert 0.8 * result.seconds < total <= result.seconds
+
+
+@pytest.mark.parametrize("rate", [0.0, 0.6, 1.0])
+def test_forced_acceptance_accepts_at_its_rate(rate):
+    sample = forced_acceptance(VECTORIZED, rate)
+    speculative = decoder(
+        DRAFTS["a stranger"], 3, sample, batch_size=64, distribution=Distribution()
+    )
+    stats = speculative.generate([[1, 2]] * 64, NEW, seeds=range(64)).stats
+    assert abs(stats.acceptance - rate) < 0.05
+
+
+def test_prompt_lookup_proposes_what_followed_the_longest_then_latest_match():
+    prompt = [1, 2, 3, 50, 9, 2, 3, 51, 52, 53, 7, 3, 54, 1, 2, 3]
+    lookup = decoder(DRAFTS["prompt lookup"], 3)
+    lookup._fill([prompt, [4, 5, 6], [8, 8, 8, 8]], NEW, None)
+    draft, probs = lookup.draft.propose(lookup._state, 3, None)
+    assert probs is None
+    assert draft.tolist() == [[50, 9, 2], [-1, -1, -1], [8, -1, -1]]
+
+
+@pytest.mark.parametrize(
+    "arguments, message",
+    [
+        ({"spec_length": 2}, "spec_length is 2 and draft None"),
+        ({"mode": "fast"}, "mode is 'fast'; wanted one of eager, graphed"),
+        ({"mode": "graphed"}, "graphed mode wants a CUDA device and this is cpu; use eager mode"),
+        (
+            {"draft": drafting(llama(0, vocab_size=50), VECTORIZED), "spec_length": 2},
+            "draft's vocabulary has 50 tokens and the target's 61",
+        ),
+    ],
+)
+def test_a_bad_decoder_says_what_was_wanted(arguments, message):
+    with pytest.raises(ValueError, match=message):
+        decoder(**arguments)
+
+
+@pytest.mark.parametrize(
+    "prompts, new, message",
+    [
+        ([[]], 4, "prompt 0 has 0 tokens; wanted 1 to max_length - max_new_tokens = 36"),
+        ([[1] * 37], 4, "prompt 0 has 37 tokens"),
+        ([[1]] * 4, 4, "4 prompts came; wanted 1 to 3"),
+        ([[1]], 0, "max_new_tokens is 0"),
+    ],
+)
+def test_a_bad_prompt_says_what_was_wanted(prompts, new, message):
+    with pytest.raises(ValueError, match=message):
+        decoder().generate(prompts, new)
