@@ -92,6 +92,11 @@ void run_logits(const LogitsParams& a, int kernel, int n, unsigned seed) {
   const int64_t rows = num_target_rows(a.base) + num_draft_rows(a), batch_size = a.base.batch_size;
   const int tiles = num_tiles(a.base.vocab_size), warps = std::min(tiles, kMaxWarps);
   const int threads = warps * kWarp;
+  if (kernel == 1 && a.base.spec_length == 0 && !a.filters()) {  // as launch_from_logits chooses
+    const auto body = [&] { sample_kernel<T>(a, n); };
+    emulation::launch(static_cast<int>(batch_size) * n, threads, n, 2 * tiles, body, seed);
+    return;
+  }
   std::vector<TileStats> stats(rows * tiles, TileStats{NAN, NAN});
   std::vector<float> thresholds(rows, NAN), sums(batch_size * tiles, NAN);
   const float* found = nullptr;

@@ -217,24 +217,37 @@ double total_of(const Row& row, int vocab_size) {
   return spans.total();
 }
 
+// Draws a token from a row, given the weights of its tiles. -1 where they have none.
+template <typename Row, typename TileWeight>
+int draw_from_tiles(const Row& row, int vocab_size, const TileWeight& weight_of_tile, float u) {
+  const int tiles = num_tiles(vocab_size);
+  Spans spans;
+  sum_spans(tiles, weight_of_tile, spans);
+  const Pick tile = pick_in_spans(tiles, weight_of_tile, spans, u * spans.total());
+  if (tile.item < 0) return -1;
+  float w[kTile];
+  fill_tile(row, vocab_size, tile.item, w);
+  const auto weight_of = [&](int m) { return w[m]; };
+  sum_spans(kTile, weight_of, spans);
+  return tile.item * kTile + pick_in_spans(kTile, weight_of, spans, tile.rest).item;
+}
+
 template <typename Row>
 int draw(Row row, int vocab_size, float u) {
   if (row.fixed_token >= 0) return row.fixed_token;
-  std::vector<float> sums(num_tiles(vocab_size));
-  const int tiles = static_cast<int>(sums.size());
-  const auto sum_of = [&](int tile) { return sums[tile]; };
   for (int pass = 0; pass < 2; ++pass) {
-    sum_tiles(row, vocab_size, sums);
-    Spans spans;
-    sum_spans(tiles, sum_of, spans);
-    const Pick tile = pick_in_spans(tiles, sum_of, spans, u * spans.total());
-    if (tile.item >= 0) {
-      float w[kTile];
-      fill_tile(row, vocab_size, tile.item, w);
-      const auto weight_of = [&](int m) { return w[m]; };
-      sum_spans(kTile, weight_of, spans);
-      return tile.item * kTile + pick_in_spans(kTile, weight_of, spans, tile.rest).item;
+    int token = -1;
+    if constexpr (requires { row.tile_mass(0); }) {
+      if (row.from_stats()) {
+        const auto mass = [&](int tile) { return row.tile_mass(tile); };
+        token = draw_from_tiles(row.beside_largest(), vocab_size, mass, u);
+        return token < 0 ? 0 : token;
+      }
     }
+    std::vector<float> sums(num_tiles(vocab_size));
+    sum_tiles(row, vocab_size, sums);
+    token = draw_from_tiles(row, vocab_size, [&](int tile) { return sums[tile]; }, u);
+    if (token >= 0) return token;
     row = row.target();  // no residual: draw from p
   }
   return 0;  // p has no positive mass either

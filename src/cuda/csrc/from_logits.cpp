@@ -2,6 +2,7 @@
 #include "from_logits.h"
 
 #include <limits>
+#include <memory>
 #include <optional>
 
 #include "binding.h"
@@ -113,11 +114,12 @@ float find_threshold(const LogitsParams& a, int64_t b, const T* x, float largest
   return kept.back();
 }
 
+// `stats` gets the row's tiles.
 template <typename T>
-RowSummary summarize(const LogitsParams& a, int64_t b, const T* x) {
+RowSummary summarize(const LogitsParams& a, int64_t b, const T* x, std::vector<TileStats>& stats) {
   const int vocab_size = static_cast<int>(a.base.vocab_size), tiles = num_tiles(vocab_size);
   const float scale = a.scale(b);
-  std::vector<TileStats> stats(tiles);
+  stats.resize(tiles);
   const auto pass = [&](float threshold) {
     at::parallel_for(0, tiles, 16, [&](int64_t begin, int64_t end) {
       for (int tile = static_cast<int>(begin); tile < end; ++tile) {
@@ -134,37 +136,51 @@ RowSummary summarize(const LogitsParams& a, int64_t b, const T* x) {
     if (largest > kNegativeInfinity) {
       for (argmax = 0; finite_logit(static_cast<float>(x[argmax])) != largest;) ++argmax;
     }
-    return {largest, kNegativeInfinity, argmax};
+    return {largest, stats.data(), largest, kNegativeInfinity, argmax};
   }
   const float threshold = find_threshold(a, b, x, largest, scale);
   if (threshold > kNegativeInfinity) pass(threshold);
   Spans spans;
   sum_spans(tiles, [&](int tile) { return tile_weight(stats[tile], largest, scale); }, spans);
-  return {logsumexp_of(spans.total(), largest, scale), threshold, -1};
+  return {logsumexp_of(spans.total(), largest, scale), stats.data(), largest, threshold, -1};
 }
 
 // A request's summaries, made when they are first asked for: rows after the first rejection never
 // are.
 template <typename T>
 struct LazySummaries {
+  struct Known {
+    std::vector<std::optional<RowSummary>> rows;  // K + 1 of the target, then K of the draft
+    std::vector<std::vector<TileStats>> stats;
+  };
   const LogitsParams* params;
   Request<T> request;
-  std::vector<std::optional<RowSummary>>* known;  // K + 1 of the target, then K of the draft
+  std::shared_ptr<Known> known;
+
+  LazySummaries(const LogitsParams& a, int64_t b)
+      : params(&a), request(a.base, b), known(std::make_shared<Known>()) {
+    known->rows.resize(2 * a.base.spec_length + 1);
+    known->stats.resize(known->rows.size());
+  }
 
   RowSummary target(int64_t k) const {
-    auto& summary = (*known)[k];
-    if (!summary) summary = summarize(*params, request.b, request.target_row(k));
+    auto& summary = known->rows[k];
+    if (!summary) summary = summarize(*params, request.b, request.target_row(k), known->stats[k]);
     return *summary;
   }
 
   RowSummary draft(int64_t k) const {
-    auto& summary = (*known)[params->base.spec_length + 1 + k];
+    const int64_t i = params->base.spec_length + 1 + k;
+    auto& summary = known->rows[i];
     if (summary) return *summary;
     const bool given = params->draft_logsumexp != nullptr;
-    if (!given || params->filters()) summary = summarize(*params, request.b, request.draft_row(k));
+    if (!given || params->filters()) {
+      summary = summarize(*params, request.b, request.draft_row(k), known->stats[i]);
+    }
     if (given) {
       const double sum = params->draft_logsumexp[request.b * params->base.spec_length + k];
-      summary = RowSummary{sum, summary ? summary->threshold : kNegativeInfinity, -1};
+      const float threshold = summary ? summary->threshold : kNegativeInfinity;
+      summary = RowSummary{sum, nullptr, 0.0f, threshold, -1};
     }
     return *summary;
   }
@@ -173,15 +189,13 @@ struct LazySummaries {
 template <typename T>
 struct LazyRequest : LogitsRequest<T, LazySummaries<T>> {
   using Base = LogitsRequest<T, LazySummaries<T>>;
-  std::shared_ptr<std::vector<std::optional<RowSummary>>> known;
 
-  LazyRequest(const LogitsParams& a, int64_t b,
-              std::shared_ptr<std::vector<std::optional<RowSummary>>> summaries)
-      : Base(a, b, {&a, Request<T>(a.base, b), summaries.get()}), known(std::move(summaries)) {}
+  LazyRequest(const LogitsParams& a, int64_t b) : Base(a, b, LazySummaries<T>(a, b)) {}
 
   typename Base::Row row(int64_t k, int64_t id) const {
-    if (this->logits->logsumexp)
+    if (this->logits->logsumexp) {
       this->logits->logsumexp[this->b] = this->summaries.target(k).logsumexp;
+    }
     return Base::row(k, id);
   }
 };
@@ -191,11 +205,7 @@ void sample_logits_on_cpu(LogitsArguments a, const Output& output, double* logsu
   const LogitsParams params = params_of(a, output, logsumexp);
   for_element(params.base.dtype, [&](auto element) {
     using T = decltype(element);
-    sample_batch(params.base, [&](int64_t b) {
-      const size_t rows = 2 * params.base.spec_length + 1;
-      return LazyRequest<T>(params, b,
-                            std::make_shared<std::vector<std::optional<RowSummary>>>(rows));
-    });
+    sample_batch(params.base, [&](int64_t b) { return LazyRequest<T>(params, b); });
   });
 }
 

@@ -174,7 +174,9 @@ struct LogitsParams {
 
 // What is known of one row of logits after a pass over it.
 struct RowSummary {
-  double logsumexp;  // over what is kept
+  double logsumexp;        // over what is kept
+  const TileStats* stats;  // [tiles], or null: a draft's logsumexp that was given
+  float largest;
   float threshold;
   int argmax;  // the first of the largest, -1 for a row without mass; known for greedy requests
 };
@@ -187,9 +189,23 @@ struct LogitsRow {
   int one_hot;
   int fixed_token;  // a greedy request's token, or -1
   bool q_is_logits;
+  const TileStats* stats;  // of p
+  float largest;
   Softmax softmax;        // of p
   float draft_threshold;  // q's least kept logit; +inf where q has no mass
   double shift;           // log2(q / p) = (x_q - x_p) * scale + shift
+
+  FR_FUNCTION bool from_stats() const { return !q && one_hot < 0; }
+  FR_FUNCTION double tile_mass(int tile) const {
+    return tile_weight(stats[tile], largest, softmax.scale);
+  }
+  // The target's weights beside the largest, as tile_mass has them.
+  FR_FUNCTION LogitsRow beside_largest() const {
+    LogitsRow row = *this;
+    row.softmax.reference = largest;
+    row.softmax.remainder = 0.0f;
+    return row;
+  }
 
   FR_FUNCTION float p_value(float p_i) const { return softmax(p_i); }
   FR_FUNCTION float q_value(float q_i) const {
@@ -309,6 +325,8 @@ struct LogitsRequest : Request<T> {
       return row;
     }
     row.softmax = softmax(target);
+    row.stats = target.stats;
+    row.largest = target.largest;
     if (id == kPlaceholderTokenId) return row;
     row.q = this->draft_row(k);
     row.q_is_logits = logits->draft_is_logits;

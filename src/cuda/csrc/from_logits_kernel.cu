@@ -131,13 +131,14 @@ __device__ RowSummary warp_summarize(const T* x, const TileStats* stats, float s
   const int tiles = num_tiles(vocab_size);
   const float largest = warp_largest(stats, tiles, lane);
   if (greedy) {
-    return {largest, kNegativeInfinity, warp_argmax(x, stats, largest, vocab_size, lane)};
+    const int argmax = warp_argmax(x, stats, largest, vocab_size, lane);
+    return {largest, stats, largest, kNegativeInfinity, argmax};
   }
   const Span span = span_of(tiles, lane);
   double sum = 0;
   for (int i = span.begin; i < span.end; ++i) sum += tile_weight(stats[i], largest, scale);
   const double total = __shfl_sync(kAllLanes, warp_scan(sum, lane), kSpans - 1);
-  return {logsumexp_of(total, largest, scale), threshold, -1};
+  return {logsumexp_of(total, largest, scale), stats, largest, threshold, -1};
 }
 
 // ---- Filters: a block a row looks for the threshold, eight bits of the logits' keys at a time.
@@ -279,7 +280,7 @@ __device__ void summarize_request(const LogitsParams& a, int64_t b, const TileSt
     const float threshold = thresholds && !greedy ? thresholds[row] : kNegativeInfinity;
     RowSummary summary;
     if (is_draft && a.draft_logsumexp) {
-      summary = {a.draft_logsumexp[b * spec_length + k], threshold, -1};
+      summary = {a.draft_logsumexp[b * spec_length + k], nullptr, 0.0f, threshold, -1};
     } else {
       const T* x = is_draft ? request.draft_row(k) : request.target_row(k);
       summary = warp_summarize(x, stats + row * tiles, scale, threshold, greedy, vocab_size, lane);
@@ -313,6 +314,56 @@ __global__ void __launch_bounds__(kMaxWarps* kWarp, 1)
   }
 }
 
+// sample_from_logits without filters, in one launch and one pass: the blocks of a request tell one
+// another their tiles' statistics, and the one that owns the drawn tile finds it in its own L1.
+template <typename T>
+__global__ void __launch_bounds__(kMaxWarps* kWarp, kResidentBlocks)
+    sample_kernel(const LogitsParams a, int blocks_per_row) {
+  FR_DYNAMIC_SHARED(float, shared);  // TileStats [tiles]
+  cluster_arrive();
+  const int lane = threadIdx.x % kWarp, warp = threadIdx.x / kWarp, warps = blockDim.x / kWarp;
+  const int64_t b = blockIdx.x / blocks_per_row;
+  const int rank = blockIdx.x % blocks_per_row;
+  const int vocab_size = static_cast<int>(a.base.vocab_size), tiles = num_tiles(vocab_size);
+  const Request<T> request(a.base, b);
+  const T* x = request.target_row(0);
+  const bool is_aligned = aligned<T>(x, nullptr), greedy = a.is_greedy(b);
+  const float scale = a.scale(b);
+  cluster_wait();
+  for (int tile = rank * warps + warp; tile < tiles; tile += warps * blocks_per_row) {
+    const TileStats found =
+        warp_tile_stats(x, tile, vocab_size, is_aligned, scale, kNegativeInfinity, lane);
+    if (lane < blocks_per_row) {
+      store_to_block(shared + 2 * tile, lane, found.largest);
+      store_to_block(shared + 2 * tile + 1, lane, found.sum);
+    }
+  }
+  meet<Step::kInCluster>();
+  if (warp != 0) return;
+  const TileStats* stats = reinterpret_cast<const TileStats*>(shared);
+  const RowSummary summary =
+      warp_summarize(x, stats, scale, kNegativeInfinity, greedy && rank == 0, vocab_size, lane);
+  if (rank == 0 && lane == 0) {
+    a.logsumexp[b] = summary.logsumexp;
+    a.base.num_accepted[b] = 0;
+  }
+  if (greedy || !has_mass(summary.logsumexp)) {
+    if (rank == 0 && lane == 0) request.store(0, summary.argmax < 0 ? 0 : summary.argmax);
+    return;
+  }
+  LogitsRow<T> row = {};
+  row.p = x;
+  row.one_hot = row.fixed_token = -1;
+  row.stats = stats;
+  row.largest = summary.largest;
+  row.softmax = softmax_of(summary.logsumexp, scale, kNegativeInfinity);
+  const auto mass = [&](int tile) { return row.tile_mass(tile); };
+  const Pick tile = warp_pick_tile(mass, tiles, uniform(a.base, b, 0), lane);
+  if (tile.item / warps % blocks_per_row != rank) return;
+  const int token = warp_pick_token(row.beside_largest(), tile, vocab_size, lane);
+  if (lane == 0) request.store(0, token);
+}
+
 }  // namespace
 }  // namespace fused_rejection
 
@@ -321,6 +372,9 @@ namespace fused_rejection {
 namespace {
 
 const void* const kLogitsKernels[] = {
+    reinterpret_cast<const void*>(&sample_kernel<float>),
+    reinterpret_cast<const void*>(&sample_kernel<BFloat16>),
+    reinterpret_cast<const void*>(&sample_kernel<Float16>),
     reinterpret_cast<const void*>(&logits_kernel<float, Step::kInCluster, false>),
     reinterpret_cast<const void*>(&logits_kernel<BFloat16, Step::kInCluster, false>),
     reinterpret_cast<const void*>(&logits_kernel<Float16, Step::kInCluster, false>),
@@ -329,12 +383,19 @@ const void* const kLogitsKernels[] = {
     reinterpret_cast<const void*>(&logits_kernel<Float16, Step::kInCluster, true>),
 };
 
+// A draft step: one launch does it.
+bool is_plain_sample(const LogitsParams& a, Exchange exchange) {
+  return exchange == Exchange::kCluster && a.base.spec_length == 0 && a.logsumexp &&
+         !(a.top_k || a.top_p || a.min_p);
+}
+
 // The workspace: tile statistics, thresholds, tile sums.
 struct Workspace {
   int64_t stats_bytes, thresholds_bytes, sums_bytes;
 
   Workspace(const LogitsParams& a, Exchange exchange) {
-    const int64_t rows = num_target_rows(a.base) + num_draft_rows(a);
+    const bool needed = !is_plain_sample(a, exchange);
+    const int64_t rows = needed ? num_target_rows(a.base) + num_draft_rows(a) : 0;
     const int64_t tiles = num_tiles(a.base.vocab_size);
     stats_bytes = rows * tiles * static_cast<int64_t>(sizeof(TileStats));
     thresholds_bytes = a.top_k || a.top_p || a.min_p ? (rows + 1) / 2 * 8 : 0;
@@ -367,6 +428,11 @@ struct LaunchLogits {
     const int64_t rows = num_target_rows(a.base) + num_draft_rows(a);
     const int tiles = num_tiles(a.base.vocab_size), warps = warps_per_block(a.base.vocab_size);
     const int threads = warps * kWarp, n = plan.blocks_per_row;
+    cudaLaunchConfig_t config = configure(a.base.batch_size * n, threads, stream);
+    if (is_plain_sample(a, plan.exchange)) {
+      return launch_in_clusters(sample_kernel<T>, config, n,
+                                tiles * static_cast<int64_t>(sizeof(TileStats)), a, n);
+    }
 
     cudaLaunchConfig_t pass = configure(rows * ((tiles + warps - 1) / warps), threads, stream);
     const float* no_thresholds = nullptr;
@@ -382,7 +448,6 @@ struct LaunchLogits {
       }
     }
     if (error != cudaSuccess) return error;
-    cudaLaunchConfig_t config = configure(a.base.batch_size * n, threads, stream);
     const TileStats* known = stats;
     const float* found = thresholds;
     const bool block = a.base.block_verification;

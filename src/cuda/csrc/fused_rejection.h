@@ -97,6 +97,7 @@ struct ProbsRow {
   int one_hot;  // the index where q is 1, or -1
   static constexpr int fixed_token = -1;
 
+  FR_FUNCTION bool from_stats() const { return false; }
   FR_FUNCTION float p_value(float p_i) const { return p_i; }
   FR_FUNCTION float q_value(float q_i) const { return q_i; }
   FR_FUNCTION float with_draft(float p_i, float q_i) const { return weight(p_i, q_i); }
@@ -141,6 +142,7 @@ struct ReachRow : Base {
   }
   FR_FUNCTION ReachRow from(int i) const { return {Base::from(i), reach}; }
   FR_FUNCTION ReachRow target() const { return {Base::target(), 1.0}; }
+  FR_FUNCTION auto beside_largest() const { return Base::beside_largest(); }
 };
 
 template <typename Row>

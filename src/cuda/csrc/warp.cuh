@@ -216,12 +216,15 @@ __device__ __forceinline__ Span span_of(int count, int lane) {
   return {begin, begin + length < count ? begin + length : count};
 }
 
-__device__ __forceinline__ Pick warp_pick_tile(const float* sums, int tiles, float u, int lane) {
+// One warp: the tile to draw from, `weight_of(tile)` being the tiles' weights.
+template <typename WeightOf>
+__device__ __forceinline__ Pick warp_pick_tile(const WeightOf& weight_of, int tiles, float u,
+                                               int lane) {
   const Span span = span_of(tiles, lane);
   double sum = 0;
-  for (int i = span.begin; i < span.end; ++i) sum += sums[i];
+  for (int i = span.begin; i < span.end; ++i) sum += weight_of(i);
   const auto pick_here = [&](double rest) {
-    return pick_in_span(span.begin, span.end, [&](int i) { return sums[i]; }, rest);
+    return pick_in_span(span.begin, span.end, weight_of, rest);
   };
   return warp_pick(sum, [&](double total) { return u * total; }, pick_here, lane);
 }
@@ -245,6 +248,24 @@ __device__ __forceinline__ int warp_pick_token(const Row& row, const Pick& tile,
     return pick;
   };
   return warp_pick(sum, [&](double) { return tile.rest; }, pick_here, lane).item;
+}
+
+// One warp: a token of a row whose from_stats() holds; 0 where it has no mass.
+template <typename Row>
+__device__ __forceinline__ int warp_draw_from_stats(const Row& row, int vocab_size, float u,
+                                                    int lane) {
+  const auto mass = [&](int tile) { return row.tile_mass(tile); };
+  const Pick tile = warp_pick_tile(mass, num_tiles(vocab_size), u, lane);
+  return tile.item < 0 ? 0 : warp_pick_token(row.beside_largest(), tile, vocab_size, lane);
+}
+
+template <typename T>
+__device__ __forceinline__ int warp_draw_from_stats(const ProbsRow<T>&, int, float, int) {
+  return 0;  // a row of probabilities has no statistics
+}
+template <typename T>
+__device__ __forceinline__ int warp_draw_from_stats(const ReachRow<ProbsRow<T>>&, int, float, int) {
+  return 0;
 }
 
 // One warp: the first draft that is not accepted, or the end of the drafts.
@@ -338,6 +359,13 @@ __device__ __forceinline__ void sample_request(const Request& request, int block
   if (row.fixed_token >= 0) return;
 
   for (int pass = 0; pass < 2; ++pass) {
+    if (row.from_stats()) {
+      if (step != Step::kSum && rank == 0 && warp == 0) {
+        const int token = warp_draw_from_stats(row, vocab_size, recovery_uniform, lane);
+        if (lane == 0) request.store(accepted, token);
+      }
+      return;
+    }
     float* sums = step == Step::kInCluster ? all_sums + pass * tiles : all_sums;
     if (step != Step::kSelect || pass > 0) {
       sweep<step>(row, blocks_per_row, vocab_size, sums);
@@ -345,7 +373,8 @@ __device__ __forceinline__ void sample_request(const Request& request, int block
     if (step == Step::kSum) return;
     meet<step>();
     if (warp == 0) {
-      const Pick tile = warp_pick_tile(sums, tiles, recovery_uniform, lane);
+      const Pick tile =
+          warp_pick_tile([&](int i) { return sums[i]; }, tiles, recovery_uniform, lane);
       if (lane == 0) picked = tile.item >= 0;
       if (tile.item >= 0) {
         // The block that summed the tile finds it in its own L1.
@@ -439,17 +468,20 @@ __device__ __forceinline__ void sample_block(const Request& request, int blocks_
     Row row = shared_row;
     if (from_target) row = row.target();
     float* sums = step == Step::kInCluster ? all_sums + (pass & 1) * tiles : all_sums;
-    if (row.fixed_token < 0) sweep<step>(row, blocks_per_row, vocab_size, sums);
+    const bool swept = row.fixed_token < 0 && !row.from_stats();
+    if (swept) sweep<step>(row, blocks_per_row, vocab_size, sums);
     meet<step>();
     if (warp == 0) {
-      const double total = row.fixed_token < 0 ? warp_total(sums, tiles, lane) : 0.0;
+      const double total = swept ? warp_total(sums, tiles, lane) : 0.0;
       const int64_t k = prefix;
       const bool passes = tested || uniform(a, b, k - 1) < share_of(total, reach[k]);
       __syncwarp();
       int token = row.fixed_token;
       bool mine = rank == 0;
-      if (passes && token < 0) {
-        const Pick tile = warp_pick_tile(sums, tiles, u, lane);
+      if (row.from_stats() && token < 0) {
+        if (mine) token = warp_draw_from_stats(row, vocab_size, u, lane);
+      } else if (passes && token < 0) {
+        const Pick tile = warp_pick_tile([&](int i) { return sums[i]; }, tiles, u, lane);
         if (tile.item >= 0) {
           mine = tile.item / static_cast<int>(blockDim.x / kWarp) % blocks_per_row == rank;
           if (mine) token = warp_pick_token(row, tile, vocab_size, lane);
@@ -462,7 +494,7 @@ __device__ __forceinline__ void sample_block(const Request& request, int blocks_
         mine = false;
       }
       if (lane == 0) {
-        const bool has_weight = row.fixed_token >= 0 || total > 0.0 || from_target;
+        const bool has_weight = !swept || total > 0.0 || from_target;
         done = passes && has_weight;
         rejected = !passes;
         if (mine && done) request.store(k, token);
