@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import os
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
@@ -11,6 +12,9 @@ import torch
 # draft = softmax(log target + m * randn). Acceptances of about 0.34, 0.62 and 0.80 at V = 128256;
 # every row of a result carries the acceptance that was measured.
 ACCEPTANCE_NOISE = {"low": 2.0, "medium": 1.0, "high": 0.5}
+# The ends of the dial: draft and target equal to the bit, so that every draft is accepted; and the
+# drafts' tokens impossible for the target, so that every first one is rejected.
+EXTREMES = {"all": 0.0, "none": 1.0}
 # target = softmax(4 * randn): peaked, as a language model's rows are.
 PEAKEDNESS = 4.0
 
@@ -102,16 +106,19 @@ def make_inputs(workload: Workload, device: str, seed: int) -> dict[str, torch.T
     """
     size, length, vocab = workload.batch_size, workload.spec_length, workload.vocab_size
     g = torch.Generator(device).manual_seed(seed)
-    dtype, noise = DTYPES[workload.dtype], ACCEPTANCE_NOISE[workload.acceptance]
+    dtype, noise = DTYPES[workload.dtype], {**ACCEPTANCE_NOISE, **EXTREMES}[workload.acceptance]
     target = torch.empty(size, length + 1, vocab, dtype=dtype, device=device)
     draft = torch.empty(size, length, vocab, dtype=dtype, device=device)
     ids = torch.empty(size, length, dtype=torch.int64, device=device)
     for b in range(size):  # by request, so that the float32 temporaries stay small
         logits = PEAKEDNESS * torch.randn(length + 1, vocab, device=device, generator=g)
         target[b] = logits.softmax(-1)
-        logits[:length] += noise * torch.randn(length, vocab, device=device, generator=g)
+        if noise:
+            logits[:length] += noise * torch.randn(length, vocab, device=device, generator=g)
         draft[b] = logits[:length].softmax(-1)
         ids[b] = torch.multinomial(draft[b].float(), 1, generator=g).squeeze(-1)
+        if workload.acceptance == "none":
+            target[b, :length].scatter_(-1, ids[b, :, None], 0.0)
     uniforms = torch.rand(size, length + 1, device=device, generator=g)
     return {
         "draft_token_ids": ids,
@@ -121,8 +128,11 @@ def make_inputs(workload: Workload, device: str, seed: int) -> dict[str, torch.T
     }
 
 
-def make_copies(workload: Workload, device: str, seed: int) -> list[dict[str, torch.Tensor]]:
-    """Enough different inputs that calls in rotation find none of their rows in the L2 cache.
+def make_copies(
+    workload: Workload, device: str, seed: int, make: Callable[..., dict] = make_inputs
+) -> list[dict[str, torch.Tensor]]:
+    """Enough different inputs, each `make(workload, device, seed)`, that calls in rotation find
+    none of their rows in the L2 cache.
 
     Raises TooLarge, saying how much is wanted, where not even one copy fits the memory budget.
     """
@@ -138,7 +148,7 @@ def make_copies(workload: Workload, device: str, seed: int) -> list[dict[str, to
         touched = workload.batch_size * workload.row_bytes
         wanted = max(wanted, math.ceil(L2_MARGIN * l2_bytes() / touched))
     count = min(wanted, budget // workload.copy_bytes, MAX_COPIES)
-    return [make_inputs(workload, device, seed * 1_000_003 + i) for i in range(count)]
+    return [make(workload, device, seed * 1_000_003 + i) for i in range(count)]
 
 
 def are_cold(workload: Workload, copies: int) -> bool:
