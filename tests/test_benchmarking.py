@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from src import oracle, samplers
-from src.benchmarking import checks, compare, report, results, sweep, timing, workloads
+from src.benchmarking import checks, compare, report, results, sweep, tables, timing, workloads
 from src.benchmarking.sweep import Contestant
 from src.benchmarking.workloads import Workload
 from src.contract import SamplerOutput
@@ -102,7 +102,7 @@ def test_a_planted_fault_is_a_failed_row_without_time(name):
     assert good["status"] == "ok" and good["speedup"] == 1
     assert bad["status"] == "failed" and message in bad["reason"]
     assert bad["latency_us"] is None and bad["speedup"] is None
-    assert f"{name} failed" in report.notes([good, bad])[0]
+    assert f"{name} failed" in tables.notes([good, bad])[0]
 
 
 def test_a_sampler_that_cannot_run_is_a_skipped_row_with_its_reason():
@@ -110,7 +110,7 @@ def test_a_sampler_that_cannot_run_is_a_skipped_row_with_its_reason():
     rows = sweep.run([TINY], entrants, "cpu", runs=2, seed=0)
     assert [row["status"] for row in rows] == ["ok", "skipped"]
     assert "not on cpu" in rows[1]["reason"]
-    assert "skipped" in report.method_table({"rows": rows})
+    assert "skipped" in tables.method_table({"rows": rows})
 
 
 def test_inputs_that_do_not_fit_are_skipped_rows(monkeypatch):
@@ -388,10 +388,10 @@ def test_a_verdict_is_by_interval():
     def row(*samples):
         return {"latency_us": timing.summary(samples)}
 
-    assert report.verdict(row(1, 1, 1), row(2, 2, 2)) == "2.00x win"
-    assert report.verdict(row(2, 2, 2), row(1, 1, 1)) == "0.50x loss"
-    assert report.verdict(row(1, 2, 3), row(2, 3, 4)).endswith("same")
-    assert report.verdict(None, row(1)) == "-"
+    assert tables.verdict(row(1, 1, 1), row(2, 2, 2)) == "2.00x win"
+    assert tables.verdict(row(2, 2, 2), row(1, 1, 1)) == "0.50x loss"
+    assert tables.verdict(row(1, 2, 3), row(2, 3, 4)).endswith("same")
+    assert tables.verdict(None, row(1)) == "-"
 
 
 def test_readme_tables_come_from_recorded_results(tmp_path, capsys):
@@ -418,3 +418,25 @@ def test_readme_tables_come_from_recorded_results(tmp_path, capsys):
 
 def test_the_readme_has_the_recorded_tables():
     assert report.main(["--readme", "--check"]) == 0
+
+
+def test_no_difference_is_claimed_below_that_of_two_runs_of_the_same_thing():
+    still = {"median": 100.0, "p10": 99.9, "p90": 100.1, "n": 30}
+    other = {"median": 110.0, "p10": 109.9, "p90": 110.1, "n": 30}
+    row, again = {"latency_us": still, "gpu_us": None}, {"latency_us": other, "gpu_us": None}
+    assert compare.repeat([row], [again]) == {"latency_us": 0.1}
+    assert compare.change(still, other) == "slower"
+    least = compare.least_difference(row, again, clock="latency_us")
+    assert compare.change(still, other, least=least + 0.001) == "same"
+
+
+def test_a_card_that_is_slower_afterwards_warns_on_the_row(monkeypatch):
+    row = sweep.empty_row(TINY, Contestant("a", "A", vectorized))
+    monkeypatch.setattr(sweep, "_measure", lambda *arguments: [row])
+    monkeypatch.setattr(timing, "copy_gb_s", lambda device: 1000.0)
+    monkeypatch.setattr(torch.cuda, "empty_cache", lambda: None)
+    entrants = [Contestant("a", "A", vectorized)]
+    sweep.run([TINY], entrants, "cuda", runs=1, seed=0, copy_gb_s=1050.0)
+    assert row["warning"] is None
+    sweep.run([TINY], entrants, "cuda", runs=1, seed=0, copy_gb_s=2000.0)
+    assert "busy or throttled" in row["warning"] and "busy" in tables.notes([row])[0]

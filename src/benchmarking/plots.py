@@ -11,7 +11,7 @@ import matplotlib
 matplotlib.use("Agg")  # no display is needed, and none is opened
 import matplotlib.pyplot as plt
 
-from src.benchmarking import report, results
+from src.benchmarking import results, tables
 
 _CLOCKS = {
     "latency_us": "Latency: call to synchronised result",
@@ -95,4 +95,4 @@ def _caption(result: dict) -> str:
     first = result["rows"][0] if result["rows"] else {}
     shape = f"spec length {first.get('spec_length')}, {first.get('dtype')}, "
     shape += f"{first.get('acceptance')} acceptance; medians, shaded p10-p90"
-    return "\n".join([*textwrap.wrap(report.conditions(result), 72), shape])
+    return "\n".join([*textwrap.wrap(tables.conditions(result), 72), shape])
