@@ -174,16 +174,22 @@ def _entrants(args, parser: argparse.ArgumentParser, program: str) -> list[sweep
         parser.error(f"--peers: {error}")
 
 
+def sized(args, cells: Sequence[Workload]) -> list[Workload]:
+    """`cells` as the options want them: their dtype and acceptance, and small for --smoke."""
+    if hasattr(args, "dtype"):
+        cells = [cell._replace(dtype=args.dtype, acceptance=args.acceptance) for cell in cells]
+    return workloads.smoke(cells) if args.smoke else list(cells)
+
+
 def measure(args, cells: Sequence[Workload], **options) -> dict:
     """Prints the machine's line, then times `cells`, with the dtype and acceptance of the options
     where the script has them, under a progress bar on stderr (none where stderr is no terminal).
 
     options: of sweep.run. Returns the result.
     """
-    if hasattr(args, "dtype"):
-        cells = [cell._replace(dtype=args.dtype, acceptance=args.acceptance) for cell in cells]
+    cells = sized(args, cells)
     if args.smoke:
-        cells, args.runs = workloads.smoke(cells), min(args.runs, SMOKE_RUNS)
+        args.runs = min(args.runs, SMOKE_RUNS)
     env = environment.collect(args.device, args.command)
     say(args, environment.machine_line(env))
     say(args, "\n".join(describe(cell) for cell in cells) + "\n")
@@ -245,6 +251,10 @@ def run(main: Callable[[], int]) -> None:
     except KeyboardInterrupt:
         print("\ninterrupted: earlier results are as they were", file=sys.stderr)
         sys.exit(INTERRUPTED)
+
+
+def integers(text: str) -> list[int]:
+    return [positive(part) for part in text.split(",")]
 
 
 def positive(text: str) -> int:

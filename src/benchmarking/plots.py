@@ -30,6 +30,37 @@ def over_vocab(result: dict, path: Path) -> None:
     _time_over(result, path, "vocab_size", "vocab size (tokens)")
 
 
+def roofline(result: dict, path: Path) -> None:
+    """Achieved bandwidth over the bytes that a call must touch, a line a sampler, under the roof of
+    a large copy. Arithmetic never limits a sampler: it does about one operation a byte."""
+    rows = [row for row in result["rows"] if row["latency_us"] and row["bytes"]]
+    clock = "gpu_us" if any(row["gpu_us"] for row in rows) else "latency_us"
+    figure, panel = plt.subplots(figsize=(7.5, 5.5), layout="constrained")
+    for i, sampler in enumerate(dict.fromkeys(row["sampler"] for row in rows)):
+        mine = [row for row in rows if row["sampler"] == sampler and row[clock]]
+        points = sorted((row["bytes"], _gb_s(row["bytes"], row[clock]["median"])) for row in mine)
+        if points:
+            style = {"color": f"C{i}", "marker": _MARKERS[i % len(_MARKERS)], "markersize": 4}
+            panel.plot(*zip(*points, strict=True), label=mine[0]["label"], **style)
+    floors = sorted({(r["bytes"], _gb_s(r["bytes"], r["floor_us"])) for r in rows if r["floor_us"]})
+    if floors:
+        label = "floor: only reads the rows"
+        panel.plot(*zip(*floors, strict=True), color="black", linestyle=":", label=label)
+    copy = result["environment"].get("copy_gb_s")
+    if copy:
+        panel.axhline(copy, color="black", linewidth=1, label=f"a large copy: {copy:g} GB/s")
+    panel.set(xscale="log", yscale="log", xlabel="bytes that a call must touch", ylabel="GB/s")
+    panel.set_title("Bandwidth by " + _CLOCKS[clock], fontsize=10)
+    panel.grid(True, alpha=0.3)
+    if rows:
+        figure.legend(loc="outside lower center", ncols=3, fontsize=8)
+    _save(figure, result, path)
+
+
+def _gb_s(bytes_: int, microseconds: float) -> float:
+    return bytes_ / microseconds / 1e3
+
+
 def _time_over(result: dict, path: Path, axis: str, title: str) -> None:
     rows = [row for row in result["rows"] if row["latency_us"]]
     clocks = [clock for clock in _CLOCKS if any(row[clock] for row in rows)] or ["latency_us"]
@@ -50,6 +81,10 @@ def _time_over(result: dict, path: Path, axis: str, title: str) -> None:
     known = dict(zip(latency_only[1] + labels, latency_only[0] + handles, strict=True))
     if known:
         figure.legend(known.values(), known, loc="outside lower center", ncols=3, fontsize=8)
+    _save(figure, result, path)
+
+
+def _save(figure, result: dict, path: Path) -> None:
     figure.suptitle(_caption(result), fontsize=9)
     image = io.BytesIO()
     figure.savefig(image, format="png", dpi=120)

@@ -13,6 +13,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from src.benchmarking import environment, results
+from src.benchmarking.profile_tables import profile_table
 from src.benchmarking.tables import (
     batch_table,
     bullets,
@@ -41,6 +42,7 @@ _TABLES: dict[str, Callable[[dict], str]] = {
     "quick_demo": method_table,
     "test_batch_sizes": batch_table,
     "compare_vocab_sizes": vocab_table,
+    "profile_rejection_sampling": profile_table,
 }
 
 

@@ -52,6 +52,7 @@ SPEC_LENGTH = 8
 QUICK_DEMO = Workload(4, SPEC_LENGTH, 32_000, name="Quick Demo Config")  # TinyLlama's vocabulary
 BATCH_SIZES = [1, 2, 4, 8, 16]
 LARGE_BATCH_SIZES = [32, 64, 128, 256]
+PROFILE_BATCH_SIZES = [1, 4, 16, 64]
 BATCH_SWEEP_VOCAB = 128_256  # Llama 3.2
 CONFIGURATIONS = [
     Workload(1, SPEC_LENGTH, 32_000, name="Single Batch, 32K"),
