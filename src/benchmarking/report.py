@@ -22,6 +22,7 @@ from src.benchmarking.tables import (
     notes,
     vocab_table,
 )
+from src.benchmarking.target_tables import kernel_table, logits_table
 
 MARKERS = re.compile(r"(<!-- table:([a-z0-9_]+) -->\n).*?(<!-- /table -->)", re.DOTALL)
 
@@ -42,6 +43,8 @@ _TABLES: dict[str, Callable[[dict], str]] = {
     "quick_demo": method_table,
     "test_batch_sizes": batch_table,
     "compare_vocab_sizes": vocab_table,
+    "kernel": kernel_table,
+    "from_logits": logits_table,
     "profile_rejection_sampling": profile_table,
 }
 

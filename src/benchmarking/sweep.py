@@ -119,6 +119,7 @@ def run(
     problem: Problem | None = None,
     leave_out: Callable[[Workload, Contestant], str | None] = lambda cell, entrant: None,
     copy_gb_s: float | None = None,
+    budget_s: float = 20.0,
 ) -> list[dict]:
     """Rows of a result file (schema 1), by workload and then in the order of `entrants`.
 
@@ -127,6 +128,7 @@ def run(
 
     problem: PROBABILITIES unless given.
     leave_out: the reason for which an entrant has no place in a workload, or None.
+    budget_s: after this many seconds a workload's latencies are measured no further.
     copy_gb_s: of this run, to notice on a GPU that somebody else uses it.
     """
     rows = []
@@ -139,7 +141,8 @@ def run(
             reason = leave_out(workload, entrant) if entrant.function else None
             out = {"function": None, "reason": reason, "status": "skipped"}
             present.append(entrant._replace(**out) if reason else entrant)
-        measured = _measure(workload, present, device, runs, seed, problem or PROBABILITIES)
+        clock = {"runs": runs, "budget_s": budget_s}
+        measured = _measure(workload, present, device, seed, problem or PROBABILITIES, clock)
         if device == "cuda":
             torch.cuda.empty_cache()
             if copy_gb_s and timing.copy_gb_s(device) < SLOWER_COPY * copy_gb_s:
@@ -167,9 +170,9 @@ def _measure(
     workload: Workload,
     entrants: list[Contestant],
     device: str,
-    runs: int,
     seed: int,
     problem: Problem,
+    clock: dict,
 ) -> list[dict]:
     rows = {entrant.name: empty_row(workload, entrant) for entrant in entrants}
     runnable = {e.name: e for e in entrants if e.function is not None}
@@ -197,7 +200,7 @@ def _measure(
         return {n: e.function for n, e in runnable.items() if rows[n]["status"] == "ok"}
 
     try:
-        latencies, last = timing.latencies(passing(), copies, device, runs=runs)
+        latencies, last = timing.latencies(passing(), copies, device, **clock)
         if device == "cuda":
             queueing = {n: f for n, f in passing().items() if runnable[n].capturable}
             for name, summary in timing.host_times(queueing, copies, device).items():

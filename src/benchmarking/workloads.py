@@ -69,6 +69,38 @@ VOCABULARIES = {
     "Qwen2.5": 151_936,
     "Gemma-3": 262_144,
 }
+_KERNEL_BATCHES, _KERNEL_VOCABULARIES = [1, 2, 4, 8, 16, 64, 256], [32_000, 128_256, 151_936]
+_SOME_BATCHES = [1, 16, 64]
+_ONE = Workload(1, SPEC_LENGTH, BATCH_SWEEP_VOCAB)
+KERNEL_CELLS = [
+    *(Workload(b, SPEC_LENGTH, v) for v in _KERNEL_VOCABULARIES for b in _KERNEL_BATCHES),
+    *(_ONE._replace(batch_size=b, dtype=d) for d in list(DTYPES)[1:] for b in _SOME_BATCHES),
+    _ONE._replace(vocab_size=100, spec_length=1, name="tiny"),
+    _ONE._replace(vocab_size=100, name="tiny"),
+    *(
+        _ONE._replace(batch_size=b, name=name, **corner)
+        for name, corner in (
+            ("one draft", {"spec_length": 1}),
+            ("all accepted", {"acceptance": "all"}),
+            ("first rejected", {"acceptance": "none"}),
+        )
+        for b in _SOME_BATCHES
+    ),
+]
+# By name, what a row's logits are filtered with before sampling.
+FILTERS = {"no filter": {}, "top-k 50": {"top_k": 50}, "top-p 0.9": {"top_p": 0.9}}
+LOGITS_CELLS = [
+    *(
+        _ONE._replace(batch_size=b, dtype=d, name="no filter")
+        for d in ("bfloat16", "float32")
+        for b in _SOME_BATCHES
+    ),
+    *(
+        _ONE._replace(batch_size=b, dtype="bfloat16", name=name)
+        for name in list(FILTERS)[1:]
+        for b in _SOME_BATCHES
+    ),
+]
 # What --smoke makes of a sweep: every cell, cut to this size.
 SMOKE = {"batch_size": 2, "spec_length": 3, "vocab_size": 1000}
 
