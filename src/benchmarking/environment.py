@@ -50,9 +50,9 @@ def slug(name: str) -> str:
 
 def machine_line(environment: dict) -> str:
     parts = [environment["device"]]
-    if environment["driver"]:
+    if environment.get("driver"):
         parts.append(f"driver {environment['driver']}")
-    if environment["cuda"]:
+    if environment.get("cuda"):
         parts.append(f"CUDA {environment['cuda']}")
     parts += [f"torch {environment['torch']}", f"Python {environment['python']}"]
     commit = (environment["commit"] or "unknown")[:12]

@@ -1,5 +1,6 @@
-"""Tables from result files, and the README's between its markers.
+"""Tables from result files: the README's between its markers, and a page of all of them.
 
+python -m src.benchmarking.report benchmark_results   writes its index.html, which needs no network
 python -m src.benchmarking.report --readme            rewrites them from the results git keeps
 python -m src.benchmarking.report --readme --check    exit status 1 where they differ
 """
@@ -12,8 +13,9 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
-from src.benchmarking import environment, results
+from src.benchmarking import compare, environment, results
 from src.benchmarking.profile_tables import profile_table
+from src.benchmarking.profile_tables import words as words_of_profile
 from src.benchmarking.tables import (
     batch_table,
     bullets,
@@ -22,9 +24,13 @@ from src.benchmarking.tables import (
     notes,
     vocab_table,
 )
-from src.benchmarking.target_tables import kernel_table, logits_table
+from src.benchmarking.target_tables import kernel_table, kernel_words, logits_table, logits_words
 
 MARKERS = re.compile(r"(<!-- table:([a-z0-9_]+) -->\n).*?(<!-- /table -->)", re.DOTALL)
+
+
+# What runs a script that is not <script>.py at the top level.
+_PROGRAMS = {"kernel": "-m src.benchmarking.kernel", "from_logits": "-m src.benchmarking.logits"}
 
 
 def table(result: dict) -> str:
@@ -36,7 +42,8 @@ def document(result: dict) -> str:
     """The .md beside a result's .json: the machine, the table, the rows with something to say."""
     env = result["environment"]
     lines = [f"# {result['script']}", "", conditions(result), "", table(result)]
-    return "\n".join([*lines, *bullets(notes(result["rows"])), "", f"    {env['command']}", ""])
+    said = [*compare.repeated(env), *notes(result["rows"])]
+    return "\n".join([*lines, *bullets(said), "", f"    {env['command']}", ""])
 
 
 _TABLES: dict[str, Callable[[dict], str]] = {
@@ -47,6 +54,18 @@ _TABLES: dict[str, Callable[[dict], str]] = {
     "from_logits": logits_table,
     "profile_rejection_sampling": profile_table,
 }
+
+
+_WORDS: dict[str, Callable[[dict], list[str]]] = {
+    "kernel": kernel_words,
+    "from_logits": logits_words,
+    "profile_rejection_sampling": words_of_profile,
+}
+
+
+def words(result: dict) -> list[str]:
+    """What a result's numbers come to in sentences, for the scripts that say so."""
+    return _WORDS.get(result["script"], lambda result: [])(result)
 
 
 def readme_text(readme: str, recorded: Path) -> str:
@@ -61,11 +80,16 @@ def _recorded_tables(script: str, recorded: Path) -> str:
     # Graphics cards first.
     paths = sorted(paths, key=lambda path: (path.parent.name.startswith("cpu-"), path))
     if not paths:
-        return f"Nothing recorded yet: `python {script}.py` measures it on your machine."
+        program = _PROGRAMS.get(script, f"{script}.py")
+        return f"Nothing recorded yet: `python {program}` measures it on your machine."
     blocks = []
     for path in paths:
         result = results.load(path)
         lines = [f"{conditions(result)}:", "", table(result), *bullets(notes(result["rows"]))]
+        plot = path.with_suffix(".png")
+        if plot.exists() and environment.is_recorded(plot):
+            address = plot.relative_to(recorded.parent).as_posix()
+            lines += ["", f"![{script}, {result['environment']['device']}]({address})"]
         blocks.append("\n".join(lines))
     return "\n\n".join(blocks)
 
@@ -75,17 +99,23 @@ def main(argv: list[str] | None = None) -> int:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument(
+        "folder", nargs="?", type=Path, help="results, of which index.html is written into it"
+    )
+    parser.add_argument(
         "--readme",
         nargs="?",
         type=Path,
         const=environment.ROOT / "README.md",
-        required=True,
         metavar="FILE",
         help="the file whose tables are written (default: README.md)",
     )
     parser.add_argument("--check", action="store_true", help="write nothing, exit 1 on a change")
     parser.add_argument("--results", type=Path, default=environment.ROOT / "benchmark_results")
     args = parser.parse_args(argv)
+    if args.folder:
+        return _write_page(parser, args.folder)
+    if not args.readme:
+        parser.error("wanted a folder of results, or --readme")
     before = args.readme.read_text(encoding="utf-8")
     after = readme_text(before, args.results)
     if args.check:
@@ -97,6 +127,19 @@ def main(argv: list[str] | None = None) -> int:
             )
         return int(before != after)
     results.write_atomically(args.readme, after)
+    return 0
+
+
+def _write_page(parser: argparse.ArgumentParser, folder: Path) -> int:
+    from src.benchmarking import page  # which imports this module
+
+    try:
+        results.write_atomically(folder / "index.html", page.page(folder))
+    except OSError as error:
+        parser.error(f"{folder}: {error.strerror}; wanted a folder of results")
+    except ValueError as error:
+        parser.error(str(error))
+    print(f"Written: {folder / 'index.html'}")
     return 0
 
 

@@ -152,4 +152,8 @@ def bullets(lines: list[str]) -> list[str]:
 
 
 def cell_name(row: dict) -> str:
-    return row["workload"] or f"batch {row['batch_size']}, vocab {row['vocab_size']}"
+    if row.get("workload"):
+        return row["workload"]
+    parts = {"batch": "batch_size", "vocab": "vocab_size", "": "mode"}
+    known = [f"{name} {row[key]}".strip() for name, key in parts.items() if row.get(key)]
+    return ", ".join(known) or "every workload"

@@ -86,8 +86,12 @@ def logits_table(result: dict) -> str:
             + ["-" if fraction is None else f"{100 * fraction:.0f} %"]
             + ["-" if over is None else f"{over:.2f}x"]
         )
-    words = bullets(_targets_in_words(result["rows"]))
+    words = bullets(logits_words(result))
     return "\n".join([_clock_line(result), "", markdown(body, headers), *words])
+
+
+def logits_words(result: dict) -> list[str]:
+    return _targets_in_words(result["rows"])
 
 
 def _targets_in_words(rows: list[dict]) -> list[str]:
