@@ -15,7 +15,7 @@ CXX_SOURCES := $(wildcard $(CSRC)/*.cpp $(CSRC)/*.h $(CSRC)/*.cu $(CSRC)/*.cuh)
 CXX_TESTS := $(wildcard tests/emulation/*.cpp tests/emulation/*.h examples/cpp/*.cu)
 BUILT := $(CSRC)/build/.built
 
-.PHONY: demo test test-gpu smoke readme cuda-check build lint clean
+.PHONY: demo test test-gpu smoke report readme cuda-check build lint clean
 demo: build
 	$(PY) quick_demo.py
 
@@ -25,12 +25,20 @@ test: build
 test-gpu: build
 	$(PY) -m pytest -q -m gpu
 
-# Every script with tiny sizes, and the README's tables against the recorded results.
+# Every script with tiny sizes, their page, and the README's tables against the recorded results.
 smoke: build
 	$(PY) test_batch_sizes.py --smoke --output build/smoke
 	$(PY) compare_vocab_sizes.py --smoke --output build/smoke
+	$(PY) profile_rejection_sampling.py --smoke --output build/smoke
+	$(PY) -m src.benchmarking.kernel --smoke --output build/smoke
+	$(PY) -m src.benchmarking.logits --smoke --output build/smoke
 	$(PY) quick_demo.py --runs 5 --output build/smoke
+	$(PY) -m src.benchmarking.report build/smoke
 	$(PY) -m src.benchmarking.report --readme --check
+
+# One page of every recorded result, benchmark_results/index.html: it opens from disk.
+report: $(SETUP)
+	$(PY) -m src.benchmarking.report benchmark_results
 
 readme: $(SETUP)
 	$(PY) -m src.benchmarking.report --readme

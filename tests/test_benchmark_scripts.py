@@ -4,6 +4,7 @@ import json
 import subprocess
 import sys
 from pathlib import Path
+from types import ModuleType, SimpleNamespace
 
 import pytest
 import torch
@@ -11,7 +12,9 @@ import torch
 import compare_vocab_sizes
 import quick_demo
 import test_batch_sizes
+from src import samplers
 from src.benchmarking import cli, environment, plots, report, results, sweep, workloads
+from src.contract import SamplerUnavailable
 
 ROOT = Path(__file__).resolve().parent.parent
 SMALL = ["--batch-size", "2", "--spec-length", "2", "--vocab-size", "100", "--runs", "3"]
@@ -198,3 +201,51 @@ def test_gpu_time_and_the_floor_have_a_table_and_a_panel(tmp_path):
     assert "GPU time (ms)" in report.table(result)
     plots.over_batch(result, tmp_path / "plot.png")
     assert (tmp_path / "plot.png").stat().st_size > 10_000
+
+
+def peers_double(sample):
+    """A registry as src/peers would be: one peer that works, one that is not installed."""
+
+    def missing(device):
+        raise SamplerUnavailable("no package 'other'", "pip install other==1.0")
+
+    entries = {
+        "ours": SimpleNamespace(name="ours", label="Ours again", load=lambda device: sample),
+        "other": SimpleNamespace(name="other", label="Other", load=missing),
+    }
+    registry = ModuleType("src.peers")
+    registry.names, registry.get = lambda device: list(entries), entries.__getitem__
+    return registry
+
+
+def test_peers_are_rows_of_the_same_run_and_missing_ones_say_what_to_install(
+    capsys, tmp_path, monkeypatch
+):
+    def with_its_own_numbers(uniforms, **inputs):
+        return samplers.get("vectorized").load()(**inputs)
+
+    monkeypatch.setitem(sys.modules, "src.peers", peers_double(with_its_own_numbers))
+    argv = [*SMOKE, "--samplers", "baseline", "--peers", "--output", str(tmp_path)]
+    assert test_batch_sizes.main(argv) == 0
+    out = capsys.readouterr().out
+    assert "Ours again" in out
+    assert "Other skipped: no package 'other'; run: pip install other==1.0" in out
+    rows = results.load(next(tmp_path.glob("*/*.json")))["rows"]
+    by_name = {row["sampler"]: row for row in rows}
+    assert by_name["ours"]["status"] == "ok" and by_name["ours"]["speedup"]
+    assert by_name["other"]["status"] == "skipped"
+
+
+def test_peers_without_a_registry_are_one_line(capsys, tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "src.peers", None)  # as if it were not there
+    line = fails(capsys, *SMALL, "--output", tmp_path, "--peers")
+    assert "--peers: this checkout has no src/peers" in line
+
+
+def test_a_sweep_run_twice_says_how_far_its_runs_differ(capsys, tmp_path):
+    argv = [*SMOKE, "--samplers", "vectorized", "--twice", "--output", str(tmp_path)]
+    assert test_batch_sizes.main(argv) == 0
+    assert "Two runs of the same thing differed by at most" in capsys.readouterr().out
+    result = results.load(next(tmp_path.glob("*/*.json")))
+    worst = result["environment"]["repeatability"]["latency_us"]
+    assert worst == max(row["repeated"]["latency_us"] for row in result["rows"])

@@ -7,8 +7,8 @@ import numpy as np
 import pytest
 import torch
 
-from src import samplers
-from src.benchmarking import checks, compare, report, results, sweep, timing, workloads
+from src import oracle, samplers
+from src.benchmarking import checks, compare, report, results, sweep, tables, timing, workloads
 from src.benchmarking.sweep import Contestant
 from src.benchmarking.workloads import Workload
 from src.contract import SamplerOutput
@@ -102,7 +102,7 @@ def test_a_planted_fault_is_a_failed_row_without_time(name):
     assert good["status"] == "ok" and good["speedup"] == 1
     assert bad["status"] == "failed" and message in bad["reason"]
     assert bad["latency_us"] is None and bad["speedup"] is None
-    assert f"{name} failed" in report.notes([good, bad])[0]
+    assert f"{name} failed" in tables.notes([good, bad])[0]
 
 
 def test_a_sampler_that_cannot_run_is_a_skipped_row_with_its_reason():
@@ -110,7 +110,7 @@ def test_a_sampler_that_cannot_run_is_a_skipped_row_with_its_reason():
     rows = sweep.run([TINY], entrants, "cpu", runs=2, seed=0)
     assert [row["status"] for row in rows] == ["ok", "skipped"]
     assert "not on cpu" in rows[1]["reason"]
-    assert "skipped" in report.method_table({"rows": rows})
+    assert "skipped" in tables.method_table({"rows": rows})
 
 
 def test_inputs_that_do_not_fit_are_skipped_rows(monkeypatch):
@@ -130,9 +130,10 @@ def test_a_sampler_on_a_stream_of_its_own_is_caught():
 
     copies = [workloads.make_inputs(TINY, "cuda", seed) for seed in range(8)]
     expected = [checks.expected_outputs(inputs) for inputs in copies]
+    judge = sweep.PROBABILITIES.judge(Contestant("x", "X", vectorized), copies, expected)
     backlog = timing.make_backlog("cuda")
-    assert checks.check(vectorized, copies, expected, backlog) is None
-    assert checks.check(elsewhere, copies, expected, backlog)
+    assert checks.check(vectorized, copies, judge, backlog) is None
+    assert checks.check(elsewhere, copies, judge, backlog)
 
 
 @pytest.mark.gpu
@@ -149,14 +150,15 @@ def test_on_a_gpu_only_what_can_be_captured_has_gpu_time():
 class CallsWithoutAGraph:
     """timing.CapturedCalls for a machine with no card: replay calls and copies into outputs."""
 
-    def __init__(self, function, copies):
+    def __init__(self, function, copies, call_us=None):
         if function is raises:
             raise RuntimeError("operation not permitted when stream is capturing")
-        self.function, self.copies, self.count = function, copies, 2 * len(copies)
+        self.function, self.copies = function, copies
+        self.indices = [i % len(copies) for i in range(2 * len(copies))]
         self.outputs = self.call()
 
     def call(self):
-        return [self.function(**self.copies[i % len(self.copies)]) for i in range(self.count)]
+        return [self.function(**self.copies[i]) for i in self.indices]
 
     def replay(self):
         for output, again in zip(self.outputs, self.call(), strict=True):
@@ -169,7 +171,7 @@ class ReplaysNothing(CallsWithoutAGraph):
         pass
 
 
-def gpu_rows(monkeypatch, calls, functions):
+def gpu_rows(monkeypatch, calls, functions, readers=None):
     def times(captured, backlog, *, runs):
         return {name: [10.0, 20.0, 30.0] for name in captured}
 
@@ -178,21 +180,20 @@ def gpu_rows(monkeypatch, calls, functions):
     monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
     copies = [workloads.make_inputs(TINY, "cpu", seed) for seed in range(3)]
     expected = [checks.expected_outputs(inputs) for inputs in copies]
-    entrants = {n: Contestant(n, n, f, n != "synchronising") for n, f in functions.items()}
-    rows = {name: sweep._empty_row(TINY, entrant) for name, entrant in entrants.items()}
-    for row in rows.values():
-        row["latency_us"] = timing.summary([50.0])
-    sweep._add_gpu_times(rows, functions, entrants, copies, expected, None)
+    rows, judges = {}, {}
+    for name, function in functions.items():
+        entrant = Contestant(name, name, function)
+        rows[name] = sweep.empty_row(TINY, entrant) | {"latency_us": timing.summary([50.0])}
+        judges[name] = sweep.PROBABILITIES.judge(entrant, copies, expected)
+    sweep._add_gpu_times(rows, functions, judges, readers or {}, copies, None)
     return rows
 
 
 def test_gpu_time_is_for_checked_replays_and_latency_outlives_a_failed_capture(monkeypatch):
     readers = {f"floor {blocks}": lambda **inputs: None for blocks in (1, 2)}
-    monkeypatch.setattr(sweep, "floors", lambda copies, expected: readers)
-    functions = {"good": vectorized, "synchronising": vectorized, "uncapturable": raises}
-    rows = gpu_rows(monkeypatch, CallsWithoutAGraph, functions)
+    functions = {"good": vectorized, "uncapturable": raises}
+    rows = gpu_rows(monkeypatch, CallsWithoutAGraph, functions, readers)
     assert rows["good"]["gpu_us"]["median"] == 20 and rows["good"]["floor_us"] == 20
-    assert rows["synchronising"]["gpu_us"] is None and rows["synchronising"]["reason"] is None
     assert rows["uncapturable"]["status"] == "ok" and rows["uncapturable"]["latency_us"]
     assert "no GPU time: RuntimeError: operation not permitted" in rows["uncapturable"]["reason"]
 
@@ -220,7 +221,7 @@ def test_a_drift_of_clocks_is_no_change_however_narrow_the_intervals():
 
 def test_comparing_results_names_each_row_and_what_is_missing():
     env = {"device": "CPU"}
-    row = sweep._empty_row(TINY, Contestant("a", "A", None))
+    row = sweep.empty_row(TINY, Contestant("a", "A", None))
     timed = {**row, "status": "ok", "latency_us": timing.summary([10, 11, 12])}
     slower = {**timed, "latency_us": timing.summary([20, 21, 22])}
     other = {**timed, "sampler": "b", "label": "B"}
@@ -277,14 +278,71 @@ def test_bytes_are_two_rows_for_a_rejected_request_and_one_for_an_accepted_one()
     assert facts["acceptance_rate"] == 0.8 and facts["tokens_per_step"] == 3
 
 
-def test_the_oracle_in_parts_is_the_oracle(monkeypatch):
-    inputs = workloads.make_inputs(Workload(5, 2, 100), "cpu", 0)
-    whole = checks.expected_outputs(inputs)
-    monkeypatch.setattr(checks, "_HOST_BYTES", 2 * 2 * 3 * 100 * 8)
-    parts = checks.expected_outputs(inputs)
+@pytest.mark.parametrize("acceptance", ["low", "high", "all", "none"])
+def test_the_oracle_asked_draft_by_draft_is_the_oracle(acceptance):
+    inputs = workloads.make_inputs(Workload(9, 3, 100, acceptance=acceptance), "cpu", 0)
+    whole, parts = oracle.rejection_sample(**inputs), checks.expected_outputs(inputs)
     assert np.array_equal(whole.token_ids, parts.token_ids)
     assert np.array_equal(whole.num_accepted, parts.num_accepted)
-    assert whole.recovery_uniforms == parts.recovery_uniforms and len(parts.weights) == 5
+    assert whole.recovery_uniforms == parts.recovery_uniforms
+    assert whole.accept_margins == parts.accept_margins
+    assert all(map(np.array_equal, whole.weights, parts.weights))
+
+
+def test_the_ends_of_the_dial_accept_every_draft_or_none():
+    for acceptance, rate in (("all", 1.0), ("none", 0.0)):
+        workload = Workload(16, 4, 500, acceptance=acceptance)
+        expected = [checks.expected_outputs(workloads.make_inputs(workload, "cpu", 0))]
+        assert sweep.measured_facts(workload, expected)["acceptance_rate"] == rate
+
+
+def test_a_sampler_with_its_own_randomness_is_held_to_validity_and_distribution():
+    def own_numbers(uniforms, **inputs):
+        return vectorized(**inputs)
+
+    def accepts_always(uniforms, **inputs):
+        return vectorized(uniforms=torch.zeros_like(uniforms), **inputs)
+
+    def pads_with_zeros(uniforms, **inputs):
+        output = vectorized(**inputs)
+        return output._replace(token_ids=output.token_ids.clamp(min=0))
+
+    entrants = [
+        Contestant(function.__name__, function.__name__, function, exact=False)
+        for function in (own_numbers, accepts_always, pads_with_zeros)
+    ]
+    good, biased, unpadded = sweep.run([TINY], entrants, "cpu", runs=2, seed=0)
+    assert good["status"] == "ok" and good["latency_us"]
+    assert biased["status"] == "failed" and "wrong distribution: token 1" in biased["reason"]
+    assert unpadded["status"] == "failed" and unpadded["latency_us"] is None
+
+
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        (lambda tokens, n: (tokens, n + 9), "num_accepted outside 0 to 4"),
+        (lambda tokens, n: (tokens.scatter(1, n.long()[:, None], 500), n), "outside 0 to 499"),
+        (lambda tokens, n: (torch.where(tokens < 0, 0, tokens), n), "no padding of -1"),
+        (lambda tokens, n: (tokens.roll(1, 0), n.roll(1, 0)), "not the draft's"),
+        (lambda tokens, n: (tokens[:, 1:], n), "shapes"),
+    ],
+)
+def test_an_impossible_output_is_invalid(change, message):
+    inputs = workloads.make_inputs(TINY, "cpu", 3)
+    output = vectorized(**inputs)
+    assert checks.invalid([output], [inputs]) is None
+    assert message in checks.invalid([change(*output)], [inputs])
+
+
+def test_what_is_left_out_of_a_workload_is_a_row_that_says_so():
+    def too_slow(cell, entrant):
+        return "takes seconds" if cell.batch_size > 3 else None
+
+    cells = [TINY, TINY._replace(batch_size=4)]
+    entrants = sweep.contestants(["vectorized"], "cpu")
+    kept, left = sweep.run(cells, entrants, "cpu", runs=2, seed=0, leave_out=too_slow)
+    assert kept["status"] == "ok" and left["status"] == "skipped"
+    assert left["reason"] == "takes seconds" and left["latency_us"] is None
 
 
 def test_rows_have_the_keys_of_the_schema():
@@ -330,10 +388,10 @@ def test_a_verdict_is_by_interval():
     def row(*samples):
         return {"latency_us": timing.summary(samples)}
 
-    assert report.verdict(row(1, 1, 1), row(2, 2, 2)) == "2.00x win"
-    assert report.verdict(row(2, 2, 2), row(1, 1, 1)) == "0.50x loss"
-    assert report.verdict(row(1, 2, 3), row(2, 3, 4)).endswith("same")
-    assert report.verdict(None, row(1)) == "-"
+    assert tables.verdict(row(1, 1, 1), row(2, 2, 2)) == "2.00x win"
+    assert tables.verdict(row(2, 2, 2), row(1, 1, 1)) == "0.50x loss"
+    assert tables.verdict(row(1, 2, 3), row(2, 3, 4)).endswith("same")
+    assert tables.verdict(None, row(1)) == "-"
 
 
 def test_readme_tables_come_from_recorded_results(tmp_path, capsys):
@@ -360,3 +418,25 @@ def test_readme_tables_come_from_recorded_results(tmp_path, capsys):
 
 def test_the_readme_has_the_recorded_tables():
     assert report.main(["--readme", "--check"]) == 0
+
+
+def test_no_difference_is_claimed_below_that_of_two_runs_of_the_same_thing():
+    still = {"median": 100.0, "p10": 99.9, "p90": 100.1, "n": 30}
+    other = {"median": 110.0, "p10": 109.9, "p90": 110.1, "n": 30}
+    row, again = {"latency_us": still, "gpu_us": None}, {"latency_us": other, "gpu_us": None}
+    assert compare.repeat([row], [again]) == {"latency_us": 0.1}
+    assert compare.change(still, other) == "slower"
+    least = compare.least_difference(row, again, clock="latency_us")
+    assert compare.change(still, other, least=least + 0.001) == "same"
+
+
+def test_a_card_that_is_slower_afterwards_warns_on_the_row(monkeypatch):
+    row = sweep.empty_row(TINY, Contestant("a", "A", vectorized))
+    monkeypatch.setattr(sweep, "_measure", lambda *arguments: [row])
+    monkeypatch.setattr(timing, "copy_gb_s", lambda device: 1000.0)
+    monkeypatch.setattr(torch.cuda, "empty_cache", lambda: None)
+    entrants = [Contestant("a", "A", vectorized)]
+    sweep.run([TINY], entrants, "cuda", runs=1, seed=0, copy_gb_s=1050.0)
+    assert row["warning"] is None
+    sweep.run([TINY], entrants, "cuda", runs=1, seed=0, copy_gb_s=2000.0)
+    assert "busy or throttled" in row["warning"] and "busy" in tables.notes([row])[0]

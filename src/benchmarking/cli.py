@@ -14,8 +14,19 @@ import torch
 from tqdm import tqdm
 
 from src import samplers
-from src.benchmarking import compare, environment, report, results, sweep, timing, workloads
+from src.benchmarking import (
+    compare,
+    environment,
+    peers,
+    report,
+    results,
+    sweep,
+    tables,
+    timing,
+    workloads,
+)
 from src.benchmarking.workloads import Workload
+from src.contract import SamplerUnavailable
 
 # In a table's order; vectorized-compiled is asked for by name, for compiling takes its time.
 DEFAULT_SAMPLERS = {
@@ -24,6 +35,7 @@ DEFAULT_SAMPLERS = {
 }
 INTERRUPTED = 130
 SMOKE_RUNS = 5
+BUSY_PERCENT = 5  # a display takes a few
 
 
 class _Parser(argparse.ArgumentParser):
@@ -31,23 +43,20 @@ class _Parser(argparse.ArgumentParser):
         self.exit(2, f"{self.prog}: error: {message}\n")  # without argparse's page of usage
 
 
-def options(description: str | None, *, runs: int) -> argparse.ArgumentParser:
-    """A parser with the options of every script."""
+def options(
+    description: str | None, *, runs: int, dials: bool = True, choice: bool = True
+) -> argparse.ArgumentParser:
+    """A parser with the options of every script.
+
+    dials: --dtype and --acceptance for all workloads, where they do not have their own.
+    choice: --samplers and --peers, where the script does not say what it compares.
+    """
     parser = _Parser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--dtype", default="float32", type=_known("dtype", workloads.DTYPES))
-    parser.add_argument(
-        "--acceptance",
-        default="medium",
-        type=_known("acceptance", workloads.ACCEPTANCE_NOISE),
-        help="how near the draft is to the target: low, medium (default) or high",
-    )
+    if dials:
+        _add_dials(parser)
+    if choice:
+        _add_choice(parser)
     parser.add_argument("--device", type=_known("device", DEFAULT_SAMPLERS), help="cpu or cuda")
-    parser.add_argument(
-        "--samplers",
-        type=_names,
-        metavar="NAME,NAME",
-        help=f"of {', '.join(samplers.SAMPLERS)}; 'all' is every one of the device",
-    )
     parser.add_argument("--runs", type=positive, default=runs, help="timed calls of each sampler")
     parser.add_argument("--seed", type=_seed, default=0)
     # Threads that spin while they wait for one another made one vectorized call (4 x 32,000) take
@@ -69,19 +78,55 @@ def options(description: str | None, *, runs: int) -> argparse.ArgumentParser:
     return parser
 
 
-def sweep_options(description: str | None, *, runs: int) -> argparse.ArgumentParser:
-    """The same for a sweep over several workloads."""
-    parser = options(description, runs=runs)
+def _add_dials(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--dtype", default="float32", type=_known("dtype", workloads.DTYPES))
+    parser.add_argument(
+        "--acceptance",
+        default="medium",
+        type=_known("acceptance", workloads.ACCEPTANCE_NOISE),
+        help="how near the draft is to the target: low, medium (default) or high",
+    )
+
+
+def _add_choice(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--samplers",
+        type=_names,
+        metavar="NAME,NAME",
+        help=f"of {', '.join(samplers.SAMPLERS)}; 'all' is every one of the device",
+    )
+    parser.add_argument(
+        "--peers",
+        action="store_true",
+        help="the samplers of other packages too, where they are installed",
+    )
+
+
+def sweep_options(description: str | None, **others) -> argparse.ArgumentParser:
+    """The same for a sweep over several workloads; arguments as of `options`."""
+    parser = options(description, **others)
     parser.add_argument("--smoke", action="store_true", help="tiny sizes, seconds on a CPU, for CI")
     parser.add_argument(
         "--compare", type=Path, metavar="OLD.json", help="say what is faster, slower or the same"
     )
+    parser.add_argument(
+        "--twice",
+        action="store_true",
+        help="the whole sweep again: a difference below that of its two runs is then none",
+    )
     return parser
 
 
-def parse(parser: argparse.ArgumentParser, script: str, argv: Sequence[str] | None):
+def parse(
+    parser: argparse.ArgumentParser,
+    script: str,
+    argv: Sequence[str] | None,
+    *,
+    program: str | None = None,
+):
     """Arguments that can be run: device and samplers resolved, output folder and --compare tried.
 
+    program: what python is given to run it, "<script>.py" unless it is "-m module".
     Adds `script`, `command`, `entrants`, `path` (of the JSON file) and `old`, the result to compare
     with. Ends the process with status 2 and one line where something is wrong.
     """
@@ -93,17 +138,9 @@ def parse(parser: argparse.ArgumentParser, script: str, argv: Sequence[str] | No
     if args.device == "cpu":
         torch.set_num_threads(args.threads)
     args.script = script
-    args.command = [f"{script}.py", *(sys.argv[1:] if argv is None else argv)]
-    names = args.samplers or DEFAULT_SAMPLERS[args.device]
-    if names == ["all"]:
-        names = samplers.names(args.device)
-    args.entrants = sweep.contestants(names, args.device)
-    for entrant in args.entrants:
-        # Asked for by name: an error. Among the defaults: a row that says why it was skipped.
-        if args.samplers and args.samplers != ["all"] and entrant.function is None:
-            usual = ",".join(DEFAULT_SAMPLERS[args.device])
-            command = entrant.command or f"python {script}.py --samplers {usual}"
-            parser.error(f"--samplers {entrant.name}: {entrant.reason}; run: {command}")
+    program = program or f"{script}.py"
+    args.command = [*program.split(), *(sys.argv[1:] if argv is None else argv)]
+    args.entrants = _entrants(args, parser, program) if hasattr(args, "samplers") else []
     args.smoke = getattr(args, "smoke", False)
     # Another name: a smoke run never replaces a recorded result, whatever --output is.
     name = f"{script}-smoke.json" if args.smoke else f"{script}.json"
@@ -120,18 +157,57 @@ def parse(parser: argparse.ArgumentParser, script: str, argv: Sequence[str] | No
     return args
 
 
-def measure(args, cells: Sequence[Workload]) -> dict:
-    """Prints the machine's line, then times `cells`, with the dtype and acceptance of the options,
-    under a progress bar on stderr (none where stderr is no terminal). Returns the result."""
-    cells = [cell._replace(dtype=args.dtype, acceptance=args.acceptance) for cell in cells]
+def _entrants(args, parser: argparse.ArgumentParser, program: str) -> list[sweep.Contestant]:
+    names = args.samplers or DEFAULT_SAMPLERS[args.device]
+    if names == ["all"]:
+        names = samplers.names(args.device)
+    entrants = sweep.contestants(names, args.device)
+    for entrant in entrants:
+        # Asked for by name: an error. Among the defaults: a row that says why it was skipped.
+        if args.samplers and args.samplers != ["all"] and entrant.function is None:
+            usual = ",".join(DEFAULT_SAMPLERS[args.device])
+            command = entrant.command or f"python {program} --samplers {usual}"
+            parser.error(f"--samplers {entrant.name}: {entrant.reason}; run: {command}")
+    try:
+        return entrants + (peers.contestants(args.device) if args.peers else [])
+    except SamplerUnavailable as error:
+        parser.error(f"--peers: {error}")
+
+
+def sized(args, cells: Sequence[Workload]) -> list[Workload]:
+    """`cells` as the options want them: their dtype and acceptance, and small for --smoke."""
+    if hasattr(args, "dtype"):
+        cells = [cell._replace(dtype=args.dtype, acceptance=args.acceptance) for cell in cells]
+    return workloads.smoke(cells) if args.smoke else list(cells)
+
+
+def measure(args, cells: Sequence[Workload], **options) -> dict:
+    """Prints the machine's line, then times `cells`, with the dtype and acceptance of the options
+    where the script has them, under a progress bar on stderr (none where stderr is no terminal).
+
+    options: of sweep.run. Returns the result.
+    """
+    cells = sized(args, cells)
     if args.smoke:
-        cells, args.runs = workloads.smoke(cells), min(args.runs, SMOKE_RUNS)
+        args.runs = min(args.runs, SMOKE_RUNS)
     env = environment.collect(args.device, args.command)
     say(args, environment.machine_line(env))
     say(args, "\n".join(describe(cell) for cell in cells) + "\n")
+    busy = environment.idle_utilisation() if args.device == "cuda" else None
     env["copy_gb_s"] = timing.copy_gb_s(args.device)
-    bar = tqdm(cells, unit="workload", leave=False, disable=None)
-    rows = sweep.run(bar, args.entrants, args.device, runs=args.runs, seed=args.seed)
+    env["torch_add_us"] = timing.torch_add_us(args.device)
+    options |= {"runs": args.runs, "seed": args.seed, "copy_gb_s": env["copy_gb_s"]}
+
+    def run() -> list[dict]:
+        bar = tqdm(cells, unit="workload", leave=False, disable=None)
+        return sweep.run(bar, args.entrants, args.device, **options)
+
+    rows = run()
+    if getattr(args, "twice", False):
+        env["repeatability"] = compare.repeat(rows, run())
+    for row in rows:
+        if busy and busy > BUSY_PERCENT:
+            sweep.warn(row, f"the card was {busy} % busy with something else before the run")
     return results.make(args.script, env, rows)
 
 
@@ -148,7 +224,8 @@ def finish(args, result: dict, plot: Callable[[dict, Path], None] | None = None)
     say(args, report.table(result))
     if args.old:
         say(args, "\n".join(["", f"Against {args.compare}:", *compare.lines(args.old, result)]))
-    say(args, "\n".join(["", *report.notes(result["rows"]), f"Written: {args.path}"]))
+    repeated = compare.repeated(result["environment"])
+    say(args, "\n".join(["", *repeated, *tables.notes(result["rows"]), f"Written: {args.path}"]))
     if args.json:
         print(results.dumps(result), end="")
     return int(any(row["status"] == "failed" for row in result["rows"]))
@@ -174,6 +251,10 @@ def run(main: Callable[[], int]) -> None:
     except KeyboardInterrupt:
         print("\ninterrupted: earlier results are as they were", file=sys.stderr)
         sys.exit(INTERRUPTED)
+
+
+def integers(text: str) -> list[int]:
+    return [positive(part) for part in text.split(",")]
 
 
 def positive(text: str) -> int:

@@ -8,15 +8,47 @@ _KEY = ("sampler", "workload", "batch_size", "spec_length", "vocab_size", "dtype
 _CLOCKS = {"latency_us": "latency", "gpu_us": "GPU time"}
 
 
-def change(old: dict, new: dict) -> str:
+def change(old: dict, new: dict, least: float = DRIFT) -> str:
     """ "faster", "slower" or "same" for two summaries (median, p10, p90).
 
-    Same where the intervals p10-p90 overlap or the medians differ by less than DRIFT.
+    Same where the intervals p10-p90 overlap or the medians differ by less than `least`, a share.
     """
     overlap = new["p10"] <= old["p90"] and old["p10"] <= new["p90"]
-    if overlap or abs(new["median"] / old["median"] - 1) < DRIFT:
+    if overlap or difference(old, new) < least:
         return "same"
     return "slower" if new["median"] > old["median"] else "faster"
+
+
+def difference(old: dict, new: dict) -> float:
+    """How far apart two medians are, as a share of the smaller one."""
+    low, high = sorted((old["median"], new["median"]))
+    return high / low - 1
+
+
+def repeat(rows: list[dict], again: list[dict]) -> dict[str, float]:
+    """The largest difference by clock between two runs of the same thing, whose rows correspond.
+    Sets each row's `repeated` to its own differences."""
+    worst: dict[str, float] = {}
+    for row, other in zip(rows, again, strict=True):
+        both = {clock for clock in _CLOCKS if row[clock] and other[clock]}
+        row["repeated"] = {c: round(difference(row[c], other[c]), 4) for c in sorted(both)}
+        for clock, share in row["repeated"].items():
+            worst[clock] = max(share, worst.get(clock, 0.0))
+    return worst
+
+
+def repeated(environment: dict) -> list[str]:
+    """A sentence on the runs that `repeat` compared; nothing where there was one run."""
+    worst = environment.get("repeatability") or {}
+    parts = [f"{100 * share:.1f} % ({_CLOCKS[clock]})" for clock, share in worst.items()]
+    if not parts:
+        return []
+    return [f"Two runs of the same thing differed by at most {' and '.join(parts)}."]
+
+
+def least_difference(*rows: dict, clock: str) -> float:
+    """Below this share two rows do not differ: DRIFT, or what two runs of one of them showed."""
+    return max([DRIFT, *((row.get("repeated") or {}).get(clock, 0.0) for row in rows)])
 
 
 def lines(old: dict, new: dict) -> list[str]:
@@ -34,7 +66,8 @@ def lines(old: dict, new: dict) -> list[str]:
                 continue
             was, now = before[clock], row[clock]
             if was and now:
-                what = f"{change(was, now)}, {_interval(was)} then, {_interval(now)} now"
+                least = least_difference(before, row, clock=clock)
+                what = f"{change(was, now, least)}, {_interval(was)} then, {_interval(now)} now"
             else:
                 then, today = ("ok" if r[clock] else r["status"] for r in (before, row))
                 what = f"cannot be compared: {then} then, {today} now"

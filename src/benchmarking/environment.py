@@ -10,6 +10,7 @@ import os
 import platform
 import re
 import subprocess
+import time
 from pathlib import Path
 
 import torch
@@ -49,9 +50,9 @@ def slug(name: str) -> str:
 
 def machine_line(environment: dict) -> str:
     parts = [environment["device"]]
-    if environment["driver"]:
+    if environment.get("driver"):
         parts.append(f"driver {environment['driver']}")
-    if environment["cuda"]:
+    if environment.get("cuda"):
         parts.append(f"CUDA {environment['cuda']}")
     parts += [f"torch {environment['torch']}", f"Python {environment['python']}"]
     commit = (environment["commit"] or "unknown")[:12]
@@ -70,6 +71,15 @@ def gpu_state() -> dict | None:
     # software and hardware thermal slowdown, power brake. Idle (1) and user clocks (2) do not.
     slowed = bool(reasons & (0x4 | 0x8 | 0x20 | 0x40 | 0x80))
     return {"sm_mhz": clock, "celsius": temperature, "throttled": slowed}
+
+
+def idle_utilisation() -> int | None:
+    """Percent of the last second in which somebody kept the card busy, after a second in which this
+    process did not; None where nvidia-smi cannot say."""
+    torch.cuda.synchronize()
+    time.sleep(1.2)
+    answer = _nvidia_smi("utilization.gpu")
+    return int(answer) if answer and answer.isdecimal() else None
 
 
 def source_version() -> tuple[str | None, bool | None]:

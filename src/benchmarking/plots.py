@@ -11,7 +11,7 @@ import matplotlib
 matplotlib.use("Agg")  # no display is needed, and none is opened
 import matplotlib.pyplot as plt
 
-from src.benchmarking import report, results
+from src.benchmarking import results, tables
 
 _CLOCKS = {
     "latency_us": "Latency: call to synchronised result",
@@ -30,6 +30,87 @@ def over_vocab(result: dict, path: Path) -> None:
     _time_over(result, path, "vocab_size", "vocab size (tokens)")
 
 
+def roofline(result: dict, path: Path) -> None:
+    """Achieved bandwidth over the bytes that a call must touch, a line a sampler, under the roof of
+    a large copy. Arithmetic never limits a sampler: it does about one operation a byte."""
+    rows = [row for row in result["rows"] if row["latency_us"] and row["bytes"]]
+    clock = "gpu_us" if any(row["gpu_us"] for row in rows) else "latency_us"
+    figure, panel = plt.subplots(figsize=(7.5, 5.5), layout="constrained")
+    for i, sampler in enumerate(dict.fromkeys(row["sampler"] for row in rows)):
+        mine = [row for row in rows if row["sampler"] == sampler and row[clock]]
+        points = sorted((row["bytes"], _gb_s(row["bytes"], row[clock]["median"])) for row in mine)
+        if points:
+            style = {"color": f"C{i}", "marker": _MARKERS[i % len(_MARKERS)], "markersize": 4}
+            panel.plot(*zip(*points, strict=True), label=mine[0]["label"], **style)
+    floors = sorted({(r["bytes"], _gb_s(r["bytes"], r["floor_us"])) for r in rows if r["floor_us"]})
+    if floors:
+        label = "floor: only reads the rows"
+        panel.plot(*zip(*floors, strict=True), color="black", linestyle=":", label=label)
+    copy = result["environment"].get("copy_gb_s")
+    if copy:
+        panel.axhline(copy, color="black", linewidth=1, label=f"a large copy: {copy:g} GB/s")
+    panel.set(xscale="log", yscale="log", xlabel="bytes that a call must touch", ylabel="GB/s")
+    panel.set_title("Bandwidth by " + _CLOCKS[clock], fontsize=10)
+    panel.grid(True, alpha=0.3)
+    if rows:
+        figure.legend(loc="outside lower center", ncols=3, fontsize=8)
+    _save(figure, result, path)
+
+
+def kernel(result: dict, path: Path) -> None:
+    """Time over batch size, a panel a vocabulary, with the floor and the target (float32, the
+    cells without a name)."""
+    rows = [r for r in result["rows"] if not r["workload"] and r["dtype"] == "float32"]
+    _panels(result, path, rows, "vocab_size", "{:,} tokens")
+
+
+def from_logits(result: dict, path: Path) -> None:
+    """Time over batch size in bfloat16, a panel a filter, with the target."""
+    rows = [row for row in result["rows"] if row["dtype"] == "bfloat16"]
+    _panels(result, path, rows, "workload", "{}")
+
+
+def _panels(result: dict, path: Path, rows: list[dict], apart: str, title: str) -> None:
+    clock = "gpu_us" if any(row["gpu_us"] for row in rows) else "latency_us"
+    groups = list(dict.fromkeys(row[apart] for row in rows)) or [None]
+    figure, panels = plt.subplots(
+        1,
+        len(groups),
+        figsize=(5 * len(groups), 5),
+        squeeze=False,
+        sharey=True,
+        layout="constrained",
+    )
+    for panel, group in zip(panels[0], groups, strict=True):
+        mine = [row for row in rows if row[apart] == group and row["latency_us"]]
+        _draw(panel, mine, clock, "batch_size")
+        targets = {row["batch_size"]: row["target_us"] for row in mine if row["target_us"]}
+        if targets:
+            points = zip(*sorted(targets.items()), strict=True)
+            panel.plot(*points, color="black", linestyle="--", linewidth=0.8, label="target")
+        _log_axes(panel, sorted({row["batch_size"] for row in mine}), "batch size")
+        panel.set_title(title.format(group), fontsize=10)
+    handles, labels = panels[0][0].get_legend_handles_labels()
+    if labels:
+        known = dict(zip(labels, handles, strict=True))
+        figure.legend(known.values(), known, loc="outside lower center", ncols=3, fontsize=8)
+    figure.supylabel(_CLOCKS[clock] + " (us)", fontsize=9)
+    _save(figure, result, path)
+
+
+def _log_axes(panel, values: list[int], title: str) -> None:
+    panel.set(xscale="log", yscale="log", xlabel=title)
+    ticks = _apart(values)
+    panel.set_xticks(ticks, [str(tick) for tick in ticks], fontsize=8)
+    panel.minorticks_off()
+    panel.yaxis.set_major_formatter("{x:g}")
+    panel.grid(True, alpha=0.3)
+
+
+def _gb_s(bytes_: int, microseconds: float) -> float:
+    return bytes_ / microseconds / 1e3
+
+
 def _time_over(result: dict, path: Path, axis: str, title: str) -> None:
     rows = [row for row in result["rows"] if row["latency_us"]]
     clocks = [clock for clock in _CLOCKS if any(row[clock] for row in rows)] or ["latency_us"]
@@ -38,18 +119,18 @@ def _time_over(result: dict, path: Path, axis: str, title: str) -> None:
     )
     for panel, clock in zip(panels[0], clocks, strict=True):
         _draw(panel, rows, clock, axis)
-        panel.set(xscale="log", yscale="log", xlabel=title, ylabel="microseconds a call")
+        _log_axes(panel, sorted({row[axis] for row in rows}), title)
+        panel.set_ylabel("microseconds a call")
         panel.set_title(_CLOCKS[clock], fontsize=10)
-        ticks = _apart(sorted({row[axis] for row in rows}))
-        panel.set_xticks(ticks, [str(tick) for tick in ticks], fontsize=8)
-        panel.minorticks_off()
-        panel.yaxis.set_major_formatter("{x:g}")
-        panel.grid(True, alpha=0.3)
     handles, labels = panels[0][-1].get_legend_handles_labels()
     latency_only = panels[0][0].get_legend_handles_labels()
     known = dict(zip(latency_only[1] + labels, latency_only[0] + handles, strict=True))
     if known:
         figure.legend(known.values(), known, loc="outside lower center", ncols=3, fontsize=8)
+    _save(figure, result, path)
+
+
+def _save(figure, result: dict, path: Path) -> None:
     figure.suptitle(_caption(result), fontsize=9)
     image = io.BytesIO()
     figure.savefig(image, format="png", dpi=120)
@@ -95,4 +176,4 @@ def _caption(result: dict) -> str:
     first = result["rows"][0] if result["rows"] else {}
     shape = f"spec length {first.get('spec_length')}, {first.get('dtype')}, "
     shape += f"{first.get('acceptance')} acceptance; medians, shaded p10-p90"
-    return "\n".join([*textwrap.wrap(report.conditions(result), 72), shape])
+    return "\n".join([*textwrap.wrap(tables.conditions(result), 72), shape])

@@ -1,5 +1,6 @@
-"""Tables from result files, and the README's between its markers.
+"""Tables from result files: the README's between its markers, and a page of all of them.
 
+python -m src.benchmarking.report benchmark_results   writes its index.html, which needs no network
 python -m src.benchmarking.report --readme            rewrites them from the results git keeps
 python -m src.benchmarking.report --readme --check    exit status 1 where they differ
 """
@@ -9,15 +10,27 @@ from __future__ import annotations
 import argparse
 import re
 import sys
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from pathlib import Path
 
-from tabulate import tabulate
-
-from src.benchmarking import environment, results
+from src.benchmarking import compare, environment, results
+from src.benchmarking.profile_tables import profile_table
+from src.benchmarking.profile_tables import words as words_of_profile
+from src.benchmarking.tables import (
+    batch_table,
+    bullets,
+    conditions,
+    method_table,
+    notes,
+    vocab_table,
+)
+from src.benchmarking.target_tables import kernel_table, kernel_words, logits_table, logits_words
 
 MARKERS = re.compile(r"(<!-- table:([a-z0-9_]+) -->\n).*?(<!-- /table -->)", re.DOTALL)
-REFERENCE = "vectorized"
+
+
+# What runs a script that is not <script>.py at the top level.
+_PROGRAMS = {"kernel": "-m src.benchmarking.kernel", "from_logits": "-m src.benchmarking.logits"}
 
 
 def table(result: dict) -> str:
@@ -29,159 +42,30 @@ def document(result: dict) -> str:
     """The .md beside a result's .json: the machine, the table, the rows with something to say."""
     env = result["environment"]
     lines = [f"# {result['script']}", "", conditions(result), "", table(result)]
-    return "\n".join([*lines, *_list(notes(result["rows"])), "", f"    {env['command']}", ""])
-
-
-def conditions(result: dict) -> str:
-    """One line: machine, versions, commit, date, measured copy bandwidth."""
-    env = result["environment"]
-    line = f"{environment.machine_line(env)}, {env['utc'][:10]}"
-    return f"{line}, copy {env['copy_gb_s']} GB/s" if env.get("copy_gb_s") else line
-
-
-def notes(rows: Iterable[dict]) -> list[str]:
-    """A line for each row that was skipped, failed, lacks its GPU time or was throttled."""
-    lines: dict[str, list[str]] = {}
-    for row in rows:
-        parts = [part for part in (row["reason"], row.get("warning")) if part]
-        if parts:
-            mend = f"; run: {row['command']}" if row.get("command") else ""
-            status = "" if row["status"] == "ok" else f" {row['status']}"
-            line = f"{row['label']}{status}: {'; '.join(parts)}{mend}"
-            lines.setdefault(line, []).append(_cell_name(row))
-    return [f"{line} ({', '.join(dict.fromkeys(cells))})" for line, cells in lines.items()]
-
-
-def method_table(result: dict) -> str:
-    """Method | Time (ms) | Speedup, and the GPU's own time where there is one."""
-    gpu = any(row["gpu_us"] for row in result["rows"])
-    headers = ["Method", "Time (ms)", "Speedup"] + ["GPU time (ms)"] * gpu
-    body = [
-        [row["label"], milliseconds(row, "latency_us"), _times(row["speedup"])]
-        + [milliseconds(row, "gpu_us")] * gpu
-        for row in result["rows"]
-    ]
-    return _markdown(body, headers)
-
-
-def batch_table(result: dict) -> str:
-    """A line a batch size; latency, then GPU time, of every sampler."""
-    return _pivot(result, ["Batch Size"], lambda row: (row["batch_size"],))
-
-
-def vocab_table(result: dict) -> str:
-    """A line a configuration or vocabulary, then bytes and bandwidth fraction of every row."""
-    headers = ["Configuration", "Batch Size", "Vocab Size"]
-    shape = _pivot(
-        result, headers, lambda row: (row["workload"], row["batch_size"], row["vocab_size"])
-    )
-    return f"{shape}\n\n{bytes_table(result)}"
-
-
-def bytes_table(result: dict) -> str:
-    """Bytes that a call must touch and how near it comes to the bandwidth of a large copy."""
-    headers = ["Configuration", "Method", "Acceptance", "Bytes", "Time (us)", "of copy bandwidth"]
-    body = []
-    for row in result["rows"]:
-        fraction = bandwidth_fraction(row, result["environment"].get("copy_gb_s"))
-        clock = row["gpu_us"] or row["latency_us"]
-        body.append(
-            [
-                row["workload"],
-                row["label"],
-                "-" if row["acceptance_rate"] is None else f"{row['acceptance_rate']:.2f}",
-                "-" if row["bytes"] is None else f"{row['bytes']:,}",
-                row["status"] if clock is None else f"{clock['median']:.1f}",
-                "-" if fraction is None else f"{100 * fraction:.1f} %",
-            ]
-        )
-    return _markdown(body, headers)
-
-
-def bandwidth_fraction(row: dict, copy_gb_s: float | None) -> float | None:
-    """The algorithm's bytes over GPU time (latency where there is none), as a share of a copy's."""
-    clock = row["gpu_us"] or row["latency_us"]
-    if not clock or not copy_gb_s or not row["bytes"]:
-        return None
-    return row["bytes"] / (clock["median"] * 1e-6) / (copy_gb_s * 1e9)
+    said = [*compare.repeated(env), *notes(result["rows"])]
+    return "\n".join([*lines, *bullets(said), "", f"    {env['command']}", ""])
 
 
 _TABLES: dict[str, Callable[[dict], str]] = {
     "quick_demo": method_table,
     "test_batch_sizes": batch_table,
     "compare_vocab_sizes": vocab_table,
+    "kernel": kernel_table,
+    "from_logits": logits_table,
+    "profile_rejection_sampling": profile_table,
 }
 
 
-def fastest_kernel(rows: Iterable[dict]) -> str | None:
-    """The sampler whose speedup a table states: the extension's kernel for the device."""
-    present = {row["sampler"] for row in rows}
-    return next((name for name in ("cuda", "cpp") if name in present), None)
+_WORDS: dict[str, Callable[[dict], list[str]]] = {
+    "kernel": kernel_words,
+    "from_logits": logits_words,
+    "profile_rejection_sampling": words_of_profile,
+}
 
 
-def verdict(row: dict | None, other: dict | None, clock: str = "latency_us") -> str:
-    """ "2.1x win" or "0.7x loss" of `row` over `other`; "1.0x same" where p10-p90 overlap."""
-    if not (row and other and row[clock] and other[clock]):
-        return "-"
-    mine, theirs = row[clock], other[clock]
-    word = "win" if mine["median"] < theirs["median"] else "loss"
-    if mine["p10"] <= theirs["p90"] and theirs["p10"] <= mine["p90"]:
-        word = "same"
-    return f"{theirs['median'] / mine['median']:.2f}x {word}"
-
-
-def _pivot(result: dict, headers: list[str], key: Callable[[dict], tuple]) -> str:
-    rows = result["rows"]
-    labels = {row["sampler"]: row["label"] for row in rows}
-    kernel = fastest_kernel(rows)
-    lines: dict[tuple, dict[str, dict]] = {}
-    for row in rows:
-        lines.setdefault(key(row), {})[row["sampler"]] = row
-    tables = []
-    for clock, title in (("latency_us", "Latency (ms)"), ("gpu_us", "GPU time (ms)")):
-        shown = [name for name in labels if any(r[clock] for r in rows if r["sampler"] == name)]
-        if not shown:
-            continue
-        if clock == "latency_us":
-            shown = list(labels)  # a sampler that never ran is still a column
-        speedup = ["Speedup"] if clock == "latency_us" and kernel else []
-        against = [f"over {labels[REFERENCE]}"] if kernel and REFERENCE in shown else []
-        body = []
-        for shape, by_name in lines.items():
-            mine = by_name.get(kernel) if kernel else None
-            body.append(
-                [*shape]
-                + [milliseconds(by_name[n], clock) if n in by_name else "-" for n in shown]
-                + [verdict(mine, by_name.get("baseline"))] * len(speedup)
-                + [verdict(mine, by_name.get(REFERENCE), clock)] * len(against)
-            )
-        columns = [*headers, *(labels[name] for name in shown), *speedup, *against]
-        tables.append(f"{title}\n\n{_markdown(body, columns)}")
-    return "\n\n".join(tables) if tables else "Nothing ran: see the notes."
-
-
-def milliseconds(row: dict, clock: str) -> str:
-    if row["status"] != "ok":
-        return row["status"]
-    return "-" if not row[clock] else f"{row[clock]['median'] / 1e3:.4f}"
-
-
-def _times(speedup: float | None) -> str:
-    return "-" if speedup is None else f"{speedup:.2f}x"
-
-
-def _markdown(body: list[list], headers: list[str]) -> str:
-    # Numbers arrive formatted; tabulate would drop their trailing zeros.
-    sides = ["left" if header in ("Method", "Configuration") else "right" for header in headers]
-    return tabulate(body, headers, tablefmt="github", disable_numparse=True, colalign=sides)
-
-
-def _list(lines: list[str]) -> list[str]:
-    return ["", *(f"- {line}" for line in lines)] if lines else []
-
-
-def _cell_name(row: dict) -> str:
-    return row["workload"] or f"batch {row['batch_size']}, vocab {row['vocab_size']}"
+def words(result: dict) -> list[str]:
+    """What a result's numbers come to in sentences, for the scripts that say so."""
+    return _WORDS.get(result["script"], lambda result: [])(result)
 
 
 def readme_text(readme: str, recorded: Path) -> str:
@@ -196,11 +80,16 @@ def _recorded_tables(script: str, recorded: Path) -> str:
     # Graphics cards first.
     paths = sorted(paths, key=lambda path: (path.parent.name.startswith("cpu-"), path))
     if not paths:
-        return f"Nothing recorded yet: `python {script}.py` measures it on your machine."
+        program = _PROGRAMS.get(script, f"{script}.py")
+        return f"Nothing recorded yet: `python {program}` measures it on your machine."
     blocks = []
     for path in paths:
         result = results.load(path)
-        lines = [f"{conditions(result)}:", "", table(result), *_list(notes(result["rows"]))]
+        lines = [f"{conditions(result)}:", "", table(result), *bullets(notes(result["rows"]))]
+        plot = path.with_suffix(".png")
+        if plot.exists() and environment.is_recorded(plot):
+            address = plot.relative_to(recorded.parent).as_posix()
+            lines += ["", f"![{script}, {result['environment']['device']}]({address})"]
         blocks.append("\n".join(lines))
     return "\n\n".join(blocks)
 
@@ -210,17 +99,23 @@ def main(argv: list[str] | None = None) -> int:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument(
+        "folder", nargs="?", type=Path, help="results, of which index.html is written into it"
+    )
+    parser.add_argument(
         "--readme",
         nargs="?",
         type=Path,
         const=environment.ROOT / "README.md",
-        required=True,
         metavar="FILE",
         help="the file whose tables are written (default: README.md)",
     )
     parser.add_argument("--check", action="store_true", help="write nothing, exit 1 on a change")
     parser.add_argument("--results", type=Path, default=environment.ROOT / "benchmark_results")
     args = parser.parse_args(argv)
+    if args.folder:
+        return _write_page(parser, args.folder)
+    if not args.readme:
+        parser.error("wanted a folder of results, or --readme")
     before = args.readme.read_text(encoding="utf-8")
     after = readme_text(before, args.results)
     if args.check:
@@ -232,6 +127,19 @@ def main(argv: list[str] | None = None) -> int:
             )
         return int(before != after)
     results.write_atomically(args.readme, after)
+    return 0
+
+
+def _write_page(parser: argparse.ArgumentParser, folder: Path) -> int:
+    from src.benchmarking import page  # which imports this module
+
+    try:
+        results.write_atomically(folder / "index.html", page.page(folder))
+    except OSError as error:
+        parser.error(f"{folder}: {error.strerror}; wanted a folder of results")
+    except ValueError as error:
+        parser.error(str(error))
+    print(f"Written: {folder / 'index.html'}")
     return 0
 
 

@@ -8,11 +8,13 @@ from typing import NamedTuple
 
 import torch
 
-from src import samplers
+from src import oracle, samplers
 from src.benchmarking import checks, environment, timing, workloads
 from src.benchmarking.workloads import Workload
 from src.contract import SamplerUnavailable
 from src.cuda import floor
+
+Judge = Callable[..., str | None]
 
 BASELINE = "baseline"
 # They read values back while they work, so no CUDA graph can hold them: latency only.
@@ -21,9 +23,18 @@ GRAPH_REPLAYS = 30
 FLOOR_BLOCKS = (1, 2, 4, 8, 16, 32, 64)
 
 
+# A large copy that is this much slower after a cell's times than before the run: somebody else is
+# on the card, or it is throttled.
+SLOWER_COPY = 0.9
+
+
 class Contestant(NamedTuple):
     """A sampler in a run: `function` is None where it cannot run, with the reason and, where there
-    is one, the command that mends it."""
+    is one, the command that mends it.
+
+    exact: it takes the uniforms, so that its tokens are the oracle's; else it is held to what is
+    valid, and its distribution is tested before the first workload.
+    """
 
     name: str
     label: str
@@ -31,20 +42,46 @@ class Contestant(NamedTuple):
     capturable: bool = True
     reason: str | None = None
     command: str | None = None
+    exact: bool = True
+    status: str = "skipped"  # where function is None
 
 
 def contestants(names: Iterable[str], device: str) -> list[Contestant]:
     """The samplers of these names for `device`. Raises ValueError for a name that is not known."""
-    return [_contestant(samplers.get(name), device) for name in names]
+    return [contestant(samplers.get(name), device) for name in names]
 
 
-def _contestant(sampler: samplers.Sampler, device: str) -> Contestant:
+def contestant(sampler, device: str, *, exact: bool = True) -> Contestant:
+    """A registry's entry (name, label, load) as one that runs, or as one that says why not."""
     capturable = sampler.name not in SYNCHRONISING
     try:
-        return Contestant(sampler.name, sampler.label, sampler.load(device), capturable)
+        function, reason, command = sampler.load(device), None, None
     except SamplerUnavailable as error:
-        reason, command = error.reason, error.command
-    return Contestant(sampler.name, sampler.label, None, capturable, reason, command)
+        function, reason, command = None, error.reason, error.command
+    return Contestant(sampler.name, sampler.label, function, capturable, reason, command, exact)
+
+
+class Problem(NamedTuple):
+    """What is sampled: how inputs for a workload are made, what the oracle says about them, what
+    that says about the workload, and the functions whose best is its floor."""
+
+    make_inputs: Callable[[Workload, str, int], dict]
+    expected: Callable[[dict], oracle.OracleOutput]
+    facts: Callable[[Workload, list], dict]
+    floors: Callable[[list[dict], list], dict[str, Callable]]
+    epsilon: float | None = None  # of oracle.disagreements
+
+    def judge(self, entrant: Contestant, copies: list[dict], expected: list) -> Judge:
+        """A function of outputs and, unless they are of the copies in their order, of the numbers
+        of their copies; it returns what is wrong with them, or None."""
+
+        def judge(outputs: list, indices: Iterable[int] | None = None) -> str | None:
+            indices = range(len(copies)) if indices is None else indices
+            if entrant.exact:
+                return checks.disagreement(outputs, [expected[i] for i in indices], self.epsilon)
+            return checks.invalid(outputs, [copies[i] for i in indices])
+
+        return judge
 
 
 def floors(copies: list[dict], expected: list) -> dict[str, Callable]:
@@ -79,82 +116,129 @@ def run(
     *,
     runs: int,
     seed: int,
+    problem: Problem | None = None,
+    leave_out: Callable[[Workload, Contestant], str | None] = lambda cell, entrant: None,
+    copy_gb_s: float | None = None,
+    budget_s: float = 20.0,
 ) -> list[dict]:
     """Rows of a result file (schema 1), by workload and then in the order of `entrants`.
 
     A row has status "ok", "failed" (wrong answer or an error) or "skipped" (cannot run here); the
     latter two have a reason, a command where one mends it, and null for every figure.
+
+    problem: PROBABILITIES unless given.
+    leave_out: the reason for which an entrant has no place in a workload, or None.
+    budget_s: after this many seconds a workload's latencies are measured no further.
+    copy_gb_s: of this run, to notice on a GPU that somebody else uses it.
     """
     rows = []
+    entrants = [_proven(entrant, device) for entrant in entrants]
     for workload in cells:
         if "torch._dynamo" in sys.modules:
             torch.compiler.reset()  # each shape compiled for itself, and no recompilation limit
-        rows += _measure(workload, entrants, device, runs, seed)
+        present = []
+        for entrant in entrants:
+            reason = leave_out(workload, entrant) if entrant.function else None
+            out = {"function": None, "reason": reason, "status": "skipped"}
+            present.append(entrant._replace(**out) if reason else entrant)
+        clock = {"runs": runs, "budget_s": budget_s}
+        measured = _measure(workload, present, device, seed, problem or PROBABILITIES, clock)
         if device == "cuda":
             torch.cuda.empty_cache()
+            if copy_gb_s and timing.copy_gb_s(device) < SLOWER_COPY * copy_gb_s:
+                for row in measured:
+                    warn(row, "a large copy was slower afterwards: the card is busy or throttled")
+        rows += measured
     return rows
 
 
+def warn(row: dict, text: str) -> None:
+    """Adds to what a timed row has to say about its time."""
+    if row["status"] == "ok":
+        row["warning"] = "; ".join(filter(None, [row["warning"], text]))
+
+
+def _proven(entrant: Contestant, device: str) -> Contestant:
+    if entrant.exact or entrant.function is None:
+        return entrant
+    problem = checks.distribution(entrant.function, device)
+    failed = {"function": None, "reason": problem, "status": "failed"}
+    return entrant._replace(**failed) if problem else entrant
+
+
 def _measure(
-    workload: Workload, entrants: list[Contestant], device: str, runs: int, seed: int
+    workload: Workload,
+    entrants: list[Contestant],
+    device: str,
+    seed: int,
+    problem: Problem,
+    clock: dict,
 ) -> list[dict]:
-    rows = {entrant.name: _empty_row(workload, entrant) for entrant in entrants}
+    rows = {entrant.name: empty_row(workload, entrant) for entrant in entrants}
     runnable = {e.name: e for e in entrants if e.function is not None}
+    if not runnable:
+        return list(rows.values())
     try:
-        copies = workloads.make_copies(workload, device, seed)
+        copies = workloads.make_copies(workload, device, seed, problem.make_inputs)
         backlog = timing.make_backlog(device)
-        expected = [checks.expected_outputs(inputs) for inputs in copies]
+        expected = [problem.expected(inputs) for inputs in copies]
     except (workloads.TooLarge, torch.OutOfMemoryError, MemoryError) as error:
         for name in runnable:
             _stop(rows[name], "skipped", checks.one_line(error))
         return list(rows.values())
-    facts = measured_facts(workload, expected)
+    facts = problem.facts(workload, expected)
     facts["copies"] = len(copies)
     facts["cold"] = workloads.are_cold(workload, len(copies)) if device == "cuda" else None
+    judges = {name: problem.judge(entrant, copies, expected) for name, entrant in runnable.items()}
     for name, entrant in runnable.items():
         rows[name].update(facts)
-        problem = checks.check(entrant.function, copies, expected, backlog)
-        if problem:
-            _stop(rows[name], "failed", problem)
+        wrong = checks.check(entrant.function, copies, judges[name], backlog)
+        if wrong:
+            _stop(rows[name], "failed", wrong)
 
     def passing():
         return {n: e.function for n, e in runnable.items() if rows[n]["status"] == "ok"}
 
     try:
-        latencies, last = timing.latencies(passing(), copies, device, runs=runs)
+        latencies, last = timing.latencies(passing(), copies, device, **clock)
+        if device == "cuda":
+            queueing = {n: f for n, f in passing().items() if runnable[n].capturable}
+            for name, summary in timing.host_times(queueing, copies, device).items():
+                rows[name]["host_us"] = summary
     except Exception as error:
         # Turns are shared, so who raised is not known; every row says what happened.
         for name in passing():
             _stop(rows[name], "failed", f"while timed: {checks.one_line(error)}")
         return list(rows.values())
     for name, (copy, output) in last.items():
-        problem = checks.disagreement([output], [expected[copy]])
-        if problem:
-            _stop(rows[name], "failed", f"in the last timed call: {problem}")
+        wrong = judges[name]([output], [copy])
+        if wrong:
+            _stop(rows[name], "failed", f"in the last timed call: {wrong}")
         else:
             rows[name]["latency_us"] = timing.summary(latencies[name])
 
     if device == "cuda":
-        _add_gpu_times(rows, passing(), runnable, copies, expected, backlog)
+        candidates = {n: f for n, f in passing().items() if runnable[n].capturable}
+        readers = problem.floors(copies, expected)
+        _add_gpu_times(rows, candidates, judges, readers, copies, backlog)
     _add_speedups(rows)
     return list(rows.values())
 
 
-def _add_gpu_times(rows, functions, entrants, copies, expected, backlog) -> None:
+def _add_gpu_times(rows, candidates, judges, readers, copies, backlog) -> None:
     captured = {}
-    readers = floors(copies, expected)
-    candidates = {n: f for n, f in functions.items() if entrants[n].capturable}
     for name, function in {**candidates, **readers}.items():
+        latency = rows[name]["latency_us"]["median"] if name in rows else None
         try:
-            calls = timing.CapturedCalls(function, copies)
-            problem = None if name in readers else _check_replay(calls, expected)
+            calls = timing.CapturedCalls(function, copies, latency)
+            wrong = None if name in readers else _check_replay(calls, judges[name])
         except Exception as error:
             # Latency stands: the calls that it timed gave the right tokens.
             if name in rows:
                 rows[name]["reason"] = f"no GPU time: {checks.one_line(error)}"
             continue
-        if problem:
-            _stop(rows[name], "failed", f"in a CUDA graph: {problem}")
+        if wrong:
+            _stop(rows[name], "failed", f"in a CUDA graph: {wrong}")
         else:
             captured[name] = calls
     times = timing.gpu_times(captured, backlog, runs=GRAPH_REPLAYS)
@@ -165,26 +249,22 @@ def _add_gpu_times(rows, functions, entrants, copies, expected, backlog) -> None
         if row["status"] == "ok":
             row["floor_us"], row["gpu_state"] = floor_us, state
             if state and state["throttled"]:
-                row["warning"] = f"the card was throttled ({state['celsius']} C)"
+                warn(row, f"the card was throttled ({state['celsius']} C)")
     for name, samples in times.items():
         rows[name]["gpu_us"] = timing.summary(samples)
         # The replayed outputs stay checked: nothing may have been overwritten meanwhile.
-        problem = checks.disagreement(captured[name].outputs, _cycled(expected, captured[name]))
-        if problem:
-            _stop(rows[name], "failed", f"after timed replays: {problem}")
+        wrong = judges[name](captured[name].outputs, captured[name].indices)
+        if wrong:
+            _stop(rows[name], "failed", f"after timed replays: {wrong}")
 
 
-def _check_replay(calls: timing.CapturedCalls, expected: list) -> str | None:
+def _check_replay(calls: timing.CapturedCalls, judge: Callable) -> str | None:
     for output in calls.outputs:
         for tensor in output:
             checks.poison(tensor)
     calls.replay()
     torch.cuda.synchronize()
-    return checks.disagreement(calls.outputs, _cycled(expected, calls))
-
-
-def _cycled(expected: list, calls: timing.CapturedCalls) -> list:
-    return [expected[i % len(expected)] for i in range(calls.count)]
+    return judge(calls.outputs, calls.indices)
 
 
 def measured_facts(workload: Workload, expected: list) -> dict:
@@ -207,19 +287,20 @@ def measured_facts(workload: Workload, expected: list) -> dict:
     }
 
 
-def _empty_row(workload: Workload, entrant: Contestant) -> dict:
+def empty_row(workload: Workload, entrant: Contestant) -> dict:
     shape = workload._asdict()
     return {
         "sampler": entrant.name,
         "label": entrant.label,
         "workload": shape.pop("name"),
         **shape,
-        "status": "skipped" if entrant.function is None else "ok",
+        "status": entrant.status if entrant.function is None else "ok",
         "reason": entrant.reason,
         "command": entrant.command,
         "warning": None,
         "gpu_us": None,
         "latency_us": None,
+        "host_us": None,
         "floor_us": None,
         "bytes": None,
         "acceptance_rate": None,
@@ -232,7 +313,11 @@ def _empty_row(workload: Workload, entrant: Contestant) -> dict:
 
 
 def _stop(row: dict, status: str, reason: str) -> None:
-    row.update(status=status, reason=reason, gpu_us=None, latency_us=None, floor_us=None)
+    times = dict.fromkeys(("gpu_us", "latency_us", "host_us", "floor_us"))
+    row.update(status=status, reason=reason, **times)
+
+
+PROBABILITIES = Problem(workloads.make_inputs, checks.expected_outputs, measured_facts, floors)
 
 
 def _add_speedups(rows: dict[str, dict]) -> None:

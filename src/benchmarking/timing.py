@@ -7,6 +7,7 @@ single calls on an idle stream would time the host's launches instead.
 
 from __future__ import annotations
 
+import math
 import statistics
 import time
 from collections.abc import Callable, Iterable
@@ -17,6 +18,8 @@ import torch
 WARM_UP_ROUNDS = 3
 # Fewer calls a graph would let the start of the replay count for more than about 1 %.
 MIN_CALLS_A_GRAPH = 100
+# ... and so would a replay shorter than this, which slow calls reach with fewer of them.
+MIN_GRAPH_US = 10_000
 MIN_ROUNDS = 10
 
 
@@ -74,12 +77,46 @@ def latencies(
     return samples, last
 
 
-class CapturedCalls:
-    """Calls of one sampler over all copies in a CUDA graph; `outputs` are those of each replay."""
+def host_times(
+    functions: dict[str, Callable], copies: list[dict], device: str, *, runs: int = 50
+) -> dict[str, dict]:
+    """Summaries of the microseconds until a call returns, its work queued but not waited for: the
+    host's share. The device is idle when each call begins."""
+    samples: dict[str, list[float]] = {name: [] for name in functions}
+    for r in range(WARM_UP_ROUNDS + runs):
+        for name, function in rotated(list(functions.items()), r):
+            inputs = copies[r % len(copies)]
+            synchronise(device)
+            before = time.perf_counter_ns()
+            function(**inputs)
+            after = time.perf_counter_ns()
+            if r >= WARM_UP_ROUNDS:
+                samples[name].append((after - before) / 1e3)
+    synchronise(device)
+    return {name: summary(values) for name, values in samples.items()}
 
-    def __init__(self, function: Callable, copies: list[dict]):
-        rotations = -(-MIN_CALLS_A_GRAPH // len(copies))
-        self.count = rotations * len(copies)
+
+def torch_add_us(device: str) -> float:
+    """host_times' median of `torch.add` of one element: what any call into PyTorch costs here."""
+    one = torch.ones(1, device=device)
+    add = {"add": lambda: torch.add(one, one)}
+    return host_times(add, [{}], device, runs=200)["add"]["median"]
+
+
+class CapturedCalls:
+    """Calls of one sampler over the copies in a CUDA graph; `outputs` are those of each replay.
+
+    call_us: about what a call takes: of slow calls fewer are captured, of the first copies only.
+    """
+
+    def __init__(self, function: Callable, copies: list[dict], call_us: float | None = None):
+        if call_us and call_us * len(copies) > MIN_GRAPH_US:
+            copies = copies[: max(2, math.ceil(MIN_GRAPH_US / call_us))]
+        wanted = MIN_CALLS_A_GRAPH
+        if call_us:
+            wanted = min(wanted, math.ceil(MIN_GRAPH_US / call_us))
+        self.count = -(-wanted // len(copies)) * len(copies)
+        self.indices = [i % len(copies) for i in range(self.count)]
         # Warm up on a side stream, as torch.cuda.graph's documentation asks for.
         side = torch.cuda.Stream()
         side.wait_stream(torch.cuda.current_stream())
@@ -93,8 +130,8 @@ class CapturedCalls:
         stream = torch.cuda.current_stream()
         try:
             with torch.cuda.graph(self.graph):
-                for i in range(self.count):
-                    self.outputs.append(function(**copies[i % len(copies)]))
+                for i in self.indices:
+                    self.outputs.append(function(**copies[i]))
         except BaseException:
             # torch.cuda.graph leaves its own stream current where ending the capture raises.
             torch.cuda.set_stream(stream)
@@ -105,16 +142,24 @@ class CapturedCalls:
 
 
 def gpu_times(
-    captured: dict[str, CapturedCalls], backlog: Callable[[], None], *, runs: int
+    captured: dict[str, CapturedCalls],
+    backlog: Callable[[], None],
+    *,
+    runs: int,
+    budget_s: float = 10.0,
 ) -> dict[str, list[float]]:
-    """Microseconds a call, one sample a replay; the captured samplers take turns.
+    """Microseconds a call, one sample a replay; the captured samplers take turns. After MIN_ROUNDS
+    rounds a run longer than `budget_s` ends early (n says so).
 
     backlog: enqueues work that outlasts the host's launch of a graph, so that the start event is
     reached with the graph already queued, and that leaves none of the inputs in the L2 cache.
     """
     samples: dict[str, list[float]] = {name: [] for name in captured}
     start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    started = time.perf_counter()
     for r in range(WARM_UP_ROUNDS + runs):
+        if r >= WARM_UP_ROUNDS + MIN_ROUNDS and time.perf_counter() - started > budget_s:
+            break
         for name in rotated(list(captured), r):
             calls = captured[name]
             backlog()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import os
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
@@ -11,6 +12,9 @@ import torch
 # draft = softmax(log target + m * randn). Acceptances of about 0.34, 0.62 and 0.80 at V = 128256;
 # every row of a result carries the acceptance that was measured.
 ACCEPTANCE_NOISE = {"low": 2.0, "medium": 1.0, "high": 0.5}
+# The ends of the dial: draft and target equal to the bit, so that every draft is accepted; and the
+# drafts' tokens impossible for the target, so that every first one is rejected.
+EXTREMES = {"all": 0.0, "none": 1.0}
 # target = softmax(4 * randn): peaked, as a language model's rows are.
 PEAKEDNESS = 4.0
 
@@ -48,6 +52,7 @@ SPEC_LENGTH = 8
 QUICK_DEMO = Workload(4, SPEC_LENGTH, 32_000, name="Quick Demo Config")  # TinyLlama's vocabulary
 BATCH_SIZES = [1, 2, 4, 8, 16]
 LARGE_BATCH_SIZES = [32, 64, 128, 256]
+PROFILE_BATCH_SIZES = [1, 4, 16, 64]
 BATCH_SWEEP_VOCAB = 128_256  # Llama 3.2
 CONFIGURATIONS = [
     Workload(1, SPEC_LENGTH, 32_000, name="Single Batch, 32K"),
@@ -64,6 +69,38 @@ VOCABULARIES = {
     "Qwen2.5": 151_936,
     "Gemma-3": 262_144,
 }
+_KERNEL_BATCHES, _KERNEL_VOCABULARIES = [1, 2, 4, 8, 16, 64, 256], [32_000, 128_256, 151_936]
+_SOME_BATCHES = [1, 16, 64]
+_ONE = Workload(1, SPEC_LENGTH, BATCH_SWEEP_VOCAB)
+KERNEL_CELLS = [
+    *(Workload(b, SPEC_LENGTH, v) for v in _KERNEL_VOCABULARIES for b in _KERNEL_BATCHES),
+    *(_ONE._replace(batch_size=b, dtype=d) for d in list(DTYPES)[1:] for b in _SOME_BATCHES),
+    _ONE._replace(vocab_size=100, spec_length=1, name="tiny"),
+    _ONE._replace(vocab_size=100, name="tiny"),
+    *(
+        _ONE._replace(batch_size=b, name=name, **corner)
+        for name, corner in (
+            ("one draft", {"spec_length": 1}),
+            ("all accepted", {"acceptance": "all"}),
+            ("first rejected", {"acceptance": "none"}),
+        )
+        for b in _SOME_BATCHES
+    ),
+]
+# By name, what a row's logits are filtered with before sampling.
+FILTERS = {"no filter": {}, "top-k 50": {"top_k": 50}, "top-p 0.9": {"top_p": 0.9}}
+LOGITS_CELLS = [
+    *(
+        _ONE._replace(batch_size=b, dtype=d, name="no filter")
+        for d in ("bfloat16", "float32")
+        for b in _SOME_BATCHES
+    ),
+    *(
+        _ONE._replace(batch_size=b, dtype="bfloat16", name=name)
+        for name in list(FILTERS)[1:]
+        for b in _SOME_BATCHES
+    ),
+]
 # What --smoke makes of a sweep: every cell, cut to this size.
 SMOKE = {"batch_size": 2, "spec_length": 3, "vocab_size": 1000}
 
@@ -102,16 +139,19 @@ def make_inputs(workload: Workload, device: str, seed: int) -> dict[str, torch.T
     """
     size, length, vocab = workload.batch_size, workload.spec_length, workload.vocab_size
     g = torch.Generator(device).manual_seed(seed)
-    dtype, noise = DTYPES[workload.dtype], ACCEPTANCE_NOISE[workload.acceptance]
+    dtype, noise = DTYPES[workload.dtype], {**ACCEPTANCE_NOISE, **EXTREMES}[workload.acceptance]
     target = torch.empty(size, length + 1, vocab, dtype=dtype, device=device)
     draft = torch.empty(size, length, vocab, dtype=dtype, device=device)
     ids = torch.empty(size, length, dtype=torch.int64, device=device)
     for b in range(size):  # by request, so that the float32 temporaries stay small
         logits = PEAKEDNESS * torch.randn(length + 1, vocab, device=device, generator=g)
         target[b] = logits.softmax(-1)
-        logits[:length] += noise * torch.randn(length, vocab, device=device, generator=g)
+        if noise:
+            logits[:length] += noise * torch.randn(length, vocab, device=device, generator=g)
         draft[b] = logits[:length].softmax(-1)
         ids[b] = torch.multinomial(draft[b].float(), 1, generator=g).squeeze(-1)
+        if workload.acceptance == "none":
+            target[b, :length].scatter_(-1, ids[b, :, None], 0.0)
     uniforms = torch.rand(size, length + 1, device=device, generator=g)
     return {
         "draft_token_ids": ids,
@@ -121,8 +161,11 @@ def make_inputs(workload: Workload, device: str, seed: int) -> dict[str, torch.T
     }
 
 
-def make_copies(workload: Workload, device: str, seed: int) -> list[dict[str, torch.Tensor]]:
-    """Enough different inputs that calls in rotation find none of their rows in the L2 cache.
+def make_copies(
+    workload: Workload, device: str, seed: int, make: Callable[..., dict] = make_inputs
+) -> list[dict[str, torch.Tensor]]:
+    """Enough different inputs, each `make(workload, device, seed)`, that calls in rotation find
+    none of their rows in the L2 cache.
 
     Raises TooLarge, saying how much is wanted, where not even one copy fits the memory budget.
     """
@@ -138,7 +181,7 @@ def make_copies(workload: Workload, device: str, seed: int) -> list[dict[str, to
         touched = workload.batch_size * workload.row_bytes
         wanted = max(wanted, math.ceil(L2_MARGIN * l2_bytes() / touched))
     count = min(wanted, budget // workload.copy_bytes, MAX_COPIES)
-    return [make_inputs(workload, device, seed * 1_000_003 + i) for i in range(count)]
+    return [make(workload, device, seed * 1_000_003 + i) for i in range(count)]
 
 
 def are_cold(workload: Workload, copies: int) -> bool:
