@@ -17,6 +17,7 @@ ALLOWED = {
     "baseline": {"contract", "randomness"},
     "compiled": {"contract", "randomness"},
     "cuda": {"contract", "randomness"},
+    "peers": {"contract", "cuda", "oracle", "randomness"},
     "samplers": {"baseline", "compiled", "contract", "cuda"},
 }
 
