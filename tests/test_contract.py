@@ -18,9 +18,10 @@ ALLOWED = {
     "compiled": {"contract", "randomness"},
     "cuda": {"contract", "randomness"},
     "decoding": {"contract", "randomness", "samplers"},
+    "peers": {"contract", "cuda", "oracle", "randomness"},
     "samplers": {"baseline", "compiled", "contract", "cuda"},
     "from_logits": {"compiled", "contract", "cuda", "samplers"},
-    "benchmarking": {"contract", "cuda", "oracle", "philox", "samplers"},
+    "benchmarking": {"contract", "cuda", "from_logits", "oracle", "peers", "philox", "samplers"},
 }
 SCRIPTS_MAY_IMPORT = {"benchmarking", "decoding", "samplers"}
 

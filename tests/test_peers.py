@@ -1,0 +1,174 @@
+"""The peers as samplers: absent ones say so, fakes stand in for those that want a card, and
+transformers, which runs on a CPU, follows the target."""
+
+import sys
+from importlib import metadata
+from types import ModuleType
+
+import pytest
+import torch
+from scipy.stats import chisquare
+
+from src import peers
+from src.contract import SamplerUnavailable
+from src.peers import compat
+from tests.cases import make_case
+from tests.test_distribution import ALPHA
+
+PACKAGES = {"flashinfer": "flashinfer-python", "vllm": "vllm", "transformers": "transformers"}
+
+
+def install(monkeypatch, package, version, **modules):
+    """Pretends that `package` is installed, with these functions: module path -> {name: value}."""
+    real = metadata.version
+    monkeypatch.setattr(
+        metadata, "version", lambda name: version if name == package else real(name)
+    )
+    for path, names in modules.items():
+        module = ModuleType(path)
+        vars(module).update(names)
+        parts = path.split(".")
+        for end in range(1, len(parts)):
+            parent = ".".join(parts[:end])
+            if parent not in sys.modules:
+                monkeypatch.setitem(sys.modules, parent, ModuleType(parent))
+        monkeypatch.setitem(sys.modules, path, module)
+
+
+def absent(monkeypatch, package):
+    def version(name):
+        raise metadata.PackageNotFoundError(name)
+
+    monkeypatch.setattr(metadata, "version", version)
+
+
+@pytest.mark.parametrize("name", peers.names())
+def test_a_missing_peer_says_so_with_the_command_that_installs_it(monkeypatch, name):
+    package = PACKAGES[name.partition("-")[0]]
+    absent(monkeypatch, package)
+    with pytest.raises(SamplerUnavailable, match=f"{package} is not installed") as error:
+        peers.get(name).load("cuda")
+    assert error.value.command.startswith(f'pip install "{package}==')
+
+
+def test_an_old_peer_a_gone_function_and_a_changed_one_are_named(monkeypatch):
+    path = "flashinfer.sampling"
+    install(monkeypatch, "flashinfer-python", "0.2.1", **{path: {}})
+    with pytest.raises(SamplerUnavailable, match=r"is 0\.2\.1; wanted 0\.6 or later"):
+        peers.get("flashinfer").load("cuda")
+    install(monkeypatch, "flashinfer-python", "0.9.0.post1+cu130", **{path: {}})
+    with pytest.raises(SamplerUnavailable, match="has no flashinfer.sampling.chain_spec"):
+        peers.get("flashinfer").load("cuda")
+    changed = {"chain_speculative_sampling": lambda draft_probs, target_probs: None}
+    install(monkeypatch, "flashinfer-python", "0.9.0", **{path: changed})
+    with pytest.raises(SamplerUnavailable, match="does not take draft_token_ids, generator, seed"):
+        peers.get("flashinfer").load("cuda")
+
+
+def test_a_peer_that_does_not_import_says_why(monkeypatch):
+    install(monkeypatch, "vllm", "0.33.0")
+    monkeypatch.setitem(sys.modules, "vllm", None)
+    with pytest.raises(SamplerUnavailable, match=r"vllm 0\.33\.0 does not import here"):
+        peers.get("vllm-v1").load("cuda")
+
+
+def test_a_cuda_peer_refuses_the_cpu_and_an_unknown_peer_is_named(monkeypatch):
+    functions = {"chain_speculative_sampling": compat.chain_speculative_sampling}
+    install(monkeypatch, "flashinfer-python", "0.7.2", **{"flashinfer.sampling": functions})
+    with pytest.raises(SamplerUnavailable, match="flashinfer runs on cuda, not on cpu"):
+        peers.get("flashinfer").load("cpu")
+    with pytest.raises(ValueError, match="'sglang' is not known; wanted one of transformers"):
+        peers.get("sglang")
+
+
+STAND_INS = {
+    "flashinfer": ("flashinfer-python", "flashinfer.sampling", "chain_speculative_sampling"),
+    "flashinfer-preallocated": (
+        "flashinfer-python",
+        "flashinfer.sampling",
+        "chain_speculative_sampling",
+    ),
+    "vllm-v1": ("vllm", "vllm.v1.sample.rejection_sampler", "rejection_sample"),
+    "vllm-v2": (
+        "vllm",
+        "vllm.v1.worker.gpu.spec_decode.rejection_sampler_utils",
+        "rejection_sample",
+    ),
+}
+OURS = {
+    "flashinfer": [compat.chain_speculative_sampling],
+    "flashinfer-preallocated": [compat.chain_speculative_sampling],
+    "vllm-v1": [compat.vllm_rejection_sample, compat.vllm_rejection_sample_from_probs],
+    "vllm-v2": [compat.vllm_v2_rejection_sample],
+}
+
+
+@pytest.mark.parametrize(
+    "name, ours",
+    [
+        pytest.param(n, f, id=f"{n}-{f.__name__}")
+        for n, functions in OURS.items()
+        for f in functions
+    ],
+)
+def test_the_adapters_layouts_bring_our_own_operator_back_unharmed(monkeypatch, name, ours):
+    """Our operator stands in for the peer: layouts there and back, and the distribution."""
+    package, path, function = STAND_INS[name]
+    install(monkeypatch, package, "99.0", **{path: {function: ours}})
+    sample = peers.get(name).load("cuda")
+    follows_the_target(sample, draws=20_000)
+    case = make_case(5, 3, 40)
+    call = sample.prepare(case["draft_token_ids"], case["draft_probs"], case["target_probs"])
+    first, second = call(), call()
+    assert first.token_ids.dtype == torch.int64 and first.num_accepted.dtype == torch.int32
+    many = torch.stack([call().token_ids for _ in range(20)])
+    assert (many != many[0]).any(), "each call must draw fresh numbers"
+    assert second.token_ids.shape == (5, 4)
+
+
+def follows_the_target(sample, draws):
+    g = torch.Generator().manual_seed(1)
+    torch.manual_seed(5)
+    p = torch.tensor([0.30, 0.05, 0.20, 0.02, 0.18, 0.10, 0.12, 0.03])
+    q = torch.tensor([0.10, 0.25, 0.05, 0.20, 0.10, 0.10, 0.05, 0.15])
+    rows = [p, p.flip(0), p.roll(3)]
+    ids = torch.multinomial(q, 2 * draws, replacement=True, generator=g).reshape(draws, 2)
+    output = sample(ids, q.expand(draws, 2, 8), torch.stack(rows).expand(draws, 3, 8))
+    places = torch.arange(3)
+    assert torch.equal(output.token_ids >= 0, places <= output.num_accepted[:, None])
+    kept = places[:-1] < output.num_accepted[:, None]
+    assert torch.equal(output.token_ids[:, :2][kept], ids[kept])
+    for k, expected in enumerate(rows):
+        emitted = output.token_ids[:, k][output.token_ids[:, k] >= 0]
+        counts = torch.bincount(emitted, minlength=8).double()
+        wanted = expected.double() / expected.double().sum() * counts.sum()
+        assert chisquare(counts.numpy(), wanted.numpy()).pvalue > ALPHA, (k, counts)
+
+
+def test_transformers_follows_the_target():
+    pytest.importorskip("transformers")
+    follows_the_target(peers.get("transformers").load("cpu"), draws=2500)
+
+
+def test_transformers_takes_a_one_hot_draft():
+    pytest.importorskip("transformers")
+    case = make_case(4, 3, 20)
+    output = peers.get("transformers").load("cpu")(
+        case["draft_token_ids"], None, case["target_probs"]
+    )
+    assert output.token_ids.shape == (4, 4) and output.token_ids.max() < 20
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("name", peers.names())
+def test_an_installed_peer_follows_the_target_on_a_gpu(name):
+    try:
+        sample = peers.get(name).load("cuda")
+    except SamplerUnavailable as error:
+        pytest.skip(str(error))
+
+    def there(*tensors):
+        output = sample(*(tensor.cuda().contiguous() for tensor in tensors))
+        return type(output)(*(tensor.cpu() for tensor in output))
+
+    follows_the_target(there, draws=2000 if name == "transformers" else 40_000)
