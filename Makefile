@@ -1,5 +1,6 @@
 # make demo: a virtual environment with the tested packages, the extension, then quick_demo.py.
 # make test: the same, then the tests on the CPU. make test-gpu: the tests of a CUDA card.
+# make record: every benchmark on this machine.
 # PY=python3 (any interpreter) uses the environment you already have instead of making one.
 VENV ?= .venv
 ifeq ($(origin PY), undefined)
@@ -15,7 +16,7 @@ CXX_SOURCES := $(wildcard $(CSRC)/*.cpp $(CSRC)/*.h $(CSRC)/*.cu $(CSRC)/*.cuh)
 CXX_TESTS := $(wildcard tests/emulation/*.cpp tests/emulation/*.h examples/cpp/*.cu)
 BUILT := $(CSRC)/build/.built
 
-.PHONY: demo test test-gpu smoke report readme cuda-check build lint clean
+.PHONY: demo test test-gpu sanitize record smoke report readme cuda-check build lint clean
 demo: build
 	$(PY) quick_demo.py
 
@@ -24,6 +25,25 @@ test: build
 
 test-gpu: build
 	$(PY) -m pytest -q -m gpu
+
+# NVIDIA's checkers over the kernels' tests of small shapes, without PyTorch's cache, which would hide a
+# read past the end of a tensor.
+SANITIZED := tests/test_samplers.py tests/test_block.py tests/test_from_logits.py
+sanitize: build
+	for tool in memcheck racecheck initcheck synccheck; do \
+	  PYTORCH_NO_CUDA_MEMORY_CACHING=1 compute-sanitizer --tool $$tool --error-exitcode 9 \
+	    $(PY) -m pytest -q -x -m gpu $(SANITIZED) -k "gpu and cuda and (dtype or degenerate or infinite)" || exit 1; \
+	done
+
+# Everything that benchmark_results/ holds of a device, on this machine's.
+record: build
+	$(PY) quick_demo.py
+	$(PY) test_batch_sizes.py --large
+	$(PY) compare_vocab_sizes.py
+	$(PY) -m src.benchmarking.kernel --peers
+	$(PY) -m src.benchmarking.logits
+	$(PY) profile_rejection_sampling.py
+	$(PY) -m src.benchmarking.report benchmark_results
 
 # Every script with tiny sizes, their page, and the README's tables against the recorded results.
 smoke: build
