@@ -13,7 +13,7 @@ import compare_vocab_sizes
 import quick_demo
 import test_batch_sizes
 from src import samplers
-from src.benchmarking import cli, environment, plots, report, results, sweep, workloads
+from src.benchmarking import cli, environment, plots, report, results, sweep, timing, workloads
 from src.contract import SamplerUnavailable
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -249,3 +249,20 @@ def test_a_sweep_run_twice_says_how_far_its_runs_differ(capsys, tmp_path):
     result = results.load(next(tmp_path.glob("*/*.json")))
     worst = result["environment"]["repeatability"]["latency_us"]
     assert worst == max(row["repeated"]["latency_us"] for row in result["rows"])
+
+
+def test_a_card_that_somebody_else_uses_warns_on_every_timed_row(capsys, tmp_path, monkeypatch):
+    row = sweep.empty_row(workloads.QUICK_DEMO, sweep.Contestant("a", "A", len))
+    monkeypatch.setattr(environment, "idle_utilisation", lambda: 40)
+    monkeypatch.setattr(environment, "collect", lambda device, command: dict(ENVIRONMENT))
+    monkeypatch.setattr(timing, "copy_gb_s", lambda device: 1000.0)
+    monkeypatch.setattr(timing, "torch_add_us", lambda device: 3.0)
+    monkeypatch.setattr(sweep, "run", lambda *arguments, **options: [row])
+    args = SimpleNamespace(device="cuda", smoke=False, runs=1, seed=0, json=False, entrants=[])
+    args.command, args.script = ["x"], "quick_demo"
+    cli.measure(args, [workloads.QUICK_DEMO])
+    assert row["warning"] == "the card was 40 % busy with something else before the run"
+
+
+ENVIRONMENT = {"device": "A card", "driver": "1", "cuda": "13", "torch": "2", "python": "3"}
+ENVIRONMENT |= {"commit": None, "dirty": None}

@@ -52,8 +52,9 @@ def contestants(names: Iterable[str], device: str) -> list[Contestant]:
 
 
 def contestant(sampler, device: str, *, exact: bool = True) -> Contestant:
-    """A registry's entry (name, label, load) as one that runs, or as one that says why not."""
-    capturable = sampler.name not in SYNCHRONISING
+    """A registry's entry (name, label, load; capturable, unless it is by its name) as one that
+    runs, or as one that says why not."""
+    capturable = getattr(sampler, "capturable", sampler.name not in SYNCHRONISING)
     try:
         function, reason, command = sampler.load(device), None, None
     except SamplerUnavailable as error:
