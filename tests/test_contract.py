@@ -19,7 +19,7 @@ ALLOWED = {
     "cuda": {"contract", "randomness"},
     "samplers": {"baseline", "compiled", "contract", "cuda"},
     "from_logits": {"compiled", "contract", "cuda", "samplers"},
-    "benchmarking": {"contract", "cuda", "oracle", "philox", "samplers"},
+    "benchmarking": {"contract", "cuda", "from_logits", "oracle", "peers", "philox", "samplers"},
 }
 SCRIPTS_MAY_IMPORT = {"benchmarking", "decoding", "samplers"}
 

@@ -21,7 +21,6 @@ from src import from_logits, oracle, samplers
 from src.benchmarking import checks, cli, plots, sweep, workloads
 from src.benchmarking.sweep import Contestant
 from src.benchmarking.workloads import Workload
-from src.compiled.from_logits import log_probabilities, sample_from_logits
 from src.contract import SamplerUnavailable
 
 SOFTMAX, WITHOUT = "softmax", "no-logsumexp"
@@ -47,12 +46,13 @@ def make_inputs(workload: Workload, device: str, seed: int) -> dict[str, torch.T
     ids = torch.empty(size, length, dtype=torch.int64, device=device)
     logsumexp = torch.empty(size, length, dtype=torch.float64, device=device)
     filters = workloads.FILTERS[workload.name]
+    draw = from_logits.get("vectorized").load(device).sample_from_logits
     for b in range(size):
         logits = workloads.PEAKEDNESS * torch.randn(length + 1, vocab, device=device, generator=g)
         target[b] = logits
         draft[b] = logits[:length] + noise * torch.randn(length, vocab, device=device, generator=g)
         options = _parameters(filters, length, device)
-        ids[b], logsumexp[b] = sample_from_logits(draft[b], generator=g, **options)
+        ids[b], logsumexp[b] = draw(draft[b], generator=g, **options)
     return {
         "draft_token_ids": ids,
         "target_logits": target,
@@ -141,10 +141,11 @@ def _without(function: Callable) -> Callable:
 
 def _softmax_first(name: str, device: str) -> Callable:
     sample = samplers.get(name).load(device)
+    filtered = from_logits.get("vectorized").load(device).log_probabilities
 
     def probabilities(logits, filters):
         if filters:
-            return log_probabilities(logits, **filters).exp()
+            return filtered(logits, **filters).exp()
         return logits.softmax(-1, dtype=torch.float32)
 
     def verify(draft_token_ids, target_logits, draft_logits, draft_logsumexp, uniforms, **filters):
