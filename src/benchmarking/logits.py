@@ -18,7 +18,7 @@ from collections.abc import Callable
 import torch
 
 from src import from_logits, oracle, samplers
-from src.benchmarking import checks, cli, plots, sweep, workloads
+from src.benchmarking import checks, cli, peers, plots, sweep, workloads
 from src.benchmarking.sweep import Contestant
 from src.benchmarking.workloads import Workload
 from src.contract import SamplerUnavailable
@@ -155,6 +155,32 @@ def _softmax_first(name: str, device: str) -> Callable:
     return verify
 
 
+def _from_logits(peer: Contestant) -> Contestant:
+    """A peer, whose adapter makes its logits of probabilities, for inputs of logits. Its own tests
+    of distribution have probabilities, which go to it as they are."""
+    if peer.function is None:
+        return peer
+
+    def arguments(inputs: dict) -> dict:
+        if "target_probs" in inputs:
+            return inputs
+        found = {name: inputs[name] for name in ("draft_token_ids", "uniforms")}
+        for side in ("draft", "target"):
+            found[f"{side}_probs"] = inputs[f"{side}_logits"].softmax(-1, dtype=torch.float32)
+        return found
+
+    return peer._replace(
+        function=lambda **inputs: peer.function(**arguments(inputs)),
+        prepare=lambda **inputs: peer.prepare(**arguments(inputs)),
+    )
+
+
+def not_theirs(cell: Workload, entrant: Contestant) -> str | None:
+    if entrant.exact or (cell.dtype == "float32" and not workloads.FILTERS[cell.name]):
+        return None
+    return "its adapter gives it float32 logits without a filter"
+
+
 def add_targets(rows: list[dict]) -> None:
     """Sets the kernel's bytes without the logsumexp, `target_us` and `target_met` (None where no
     target was set) and `over_softmax`, how many times as fast as softmax first a row is."""
@@ -182,9 +208,16 @@ def _cell(row: dict) -> tuple:
 
 def main(argv: list[str] | None = None) -> int:
     parser = cli.sweep_options(__doc__, runs=50, dials=False, choice=False)
+    parser.add_argument("--peers", action="store_true", help="those of other packages too")
     args = cli.parse(parser, "from_logits", argv, program="-m src.benchmarking.logits")
     args.entrants = contestants(args.device)
-    result = cli.measure(args, workloads.LOGITS_CELLS, problem=PROBLEM, budget_s=3.0)
+    if args.peers:
+        try:
+            args.entrants += [_from_logits(p) for p in peers.contestants(args.device, "logits")]
+        except SamplerUnavailable as error:
+            parser.error(f"--peers: {error}")
+    options = {"problem": PROBLEM, "budget_s": 3.0, "leave_out": not_theirs}
+    result = cli.measure(args, workloads.LOGITS_CELLS, **options)
     add_targets(result["rows"])
     return cli.finish(args, result, plots.from_logits)
 
