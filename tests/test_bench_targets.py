@@ -77,6 +77,7 @@ def test_the_kernels_target_is_the_larger_of_a_factor_and_a_margin_over_the_floo
     assert said[0] == "Target met in 0 of 1 rows."
     assert "5.6 us, target 5.5 us" in said[1]
     assert "9.0 us a call in the median cell" in said[-1] and "3.0 times a torch.add" in said[-1]
+    assert said[-1].endswith("Target of 12.0 us met.")
 
 
 def test_a_cell_that_the_kernel_loses_is_said():

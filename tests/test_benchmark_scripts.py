@@ -13,7 +13,17 @@ import compare_vocab_sizes
 import quick_demo
 import test_batch_sizes
 from src import samplers
-from src.benchmarking import cli, environment, plots, report, results, sweep, workloads
+from src.benchmarking import (
+    cli,
+    environment,
+    logits,
+    plots,
+    report,
+    results,
+    sweep,
+    timing,
+    workloads,
+)
 from src.contract import SamplerUnavailable
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -203,28 +213,37 @@ def test_gpu_time_and_the_floor_have_a_table_and_a_panel(tmp_path):
     assert (tmp_path / "plot.png").stat().st_size > 10_000
 
 
-def peers_double(sample):
+def peers_double(sample, reads="probabilities"):
     """A registry as src/peers would be: one peer that works, one that is not installed."""
 
     def missing(device):
         raise SamplerUnavailable("no package 'other'", "pip install other==1.0")
 
+    class Adapter:
+        def __call__(self, draft_token_ids, draft_probs, target_probs):
+            return sample(draft_token_ids, draft_probs, target_probs)
+
+        def prepare(self, *arguments):
+            return lambda: sample(*arguments)
+
+    def entry(name, label, load, reads=reads):
+        return SimpleNamespace(name=name, label=label, load=load, reads=reads)
+
     entries = {
-        "ours": SimpleNamespace(name="ours", label="Ours again", load=lambda device: sample),
-        "other": SimpleNamespace(name="other", label="Other", load=missing),
+        "ours": entry("ours", "Ours again", lambda device: Adapter()),
+        "other": entry("other", "Other", missing),
+        "else": entry("else", "Reads something else", missing, "something else"),
     }
     registry = ModuleType("src.peers")
-    registry.names, registry.get = lambda device: list(entries), entries.__getitem__
+    registry.names, registry.get = lambda: list(entries), entries.__getitem__
     return registry
 
 
 def test_peers_are_rows_of_the_same_run_and_missing_ones_say_what_to_install(
     capsys, tmp_path, monkeypatch
 ):
-    def with_its_own_numbers(uniforms, **inputs):
-        return samplers.get("vectorized").load()(**inputs)
-
-    monkeypatch.setitem(sys.modules, "src.peers", peers_double(with_its_own_numbers))
+    sample = samplers.get("vectorized").load()
+    monkeypatch.setitem(sys.modules, "src.peers", peers_double(sample))
     argv = [*SMOKE, "--samplers", "baseline", "--peers", "--output", str(tmp_path)]
     assert test_batch_sizes.main(argv) == 0
     out = capsys.readouterr().out
@@ -233,7 +252,20 @@ def test_peers_are_rows_of_the_same_run_and_missing_ones_say_what_to_install(
     rows = results.load(next(tmp_path.glob("*/*.json")))["rows"]
     by_name = {row["sampler"]: row for row in rows}
     assert by_name["ours"]["status"] == "ok" and by_name["ours"]["speedup"]
-    assert by_name["other"]["status"] == "skipped"
+    assert by_name["other"]["status"] == "skipped" and "else" not in by_name
+
+
+def test_peers_that_read_logits_are_in_the_table_of_logits(capsys, tmp_path, monkeypatch):
+    sample = samplers.get("vectorized").load()
+    monkeypatch.setitem(sys.modules, "src.peers", peers_double(sample, "logits"))
+    assert logits.main([*SMOKE, "--peers", "--output", str(tmp_path)]) == 0
+    rows = results.load(next(tmp_path.glob("*/*.json")))["rows"]
+    ours = [row for row in rows if row["sampler"] == "ours"]
+    timed = [row for row in ours if row["latency_us"]]
+    assert timed and all(r["dtype"] == "float32" and r["status"] == "ok" for r in timed)
+    assert {row["reason"] for row in ours if not row["latency_us"]} == {
+        "its adapter gives it float32 logits without a filter"
+    }
 
 
 def test_peers_without_a_registry_are_one_line(capsys, tmp_path, monkeypatch):
@@ -249,3 +281,20 @@ def test_a_sweep_run_twice_says_how_far_its_runs_differ(capsys, tmp_path):
     result = results.load(next(tmp_path.glob("*/*.json")))
     worst = result["environment"]["repeatability"]["latency_us"]
     assert worst == max(row["repeated"]["latency_us"] for row in result["rows"])
+
+
+def test_a_card_that_somebody_else_uses_warns_on_every_timed_row(capsys, tmp_path, monkeypatch):
+    row = sweep.empty_row(workloads.QUICK_DEMO, sweep.Contestant("a", "A", len))
+    monkeypatch.setattr(environment, "idle_utilisation", lambda: 40)
+    monkeypatch.setattr(environment, "collect", lambda device, command: dict(ENVIRONMENT))
+    monkeypatch.setattr(timing, "copy_gb_s", lambda device: 1000.0)
+    monkeypatch.setattr(timing, "torch_add_us", lambda device: 3.0)
+    monkeypatch.setattr(sweep, "run", lambda *arguments, **options: [row])
+    args = SimpleNamespace(device="cuda", smoke=False, runs=1, seed=0, json=False, entrants=[])
+    args.command, args.script = ["x"], "quick_demo"
+    cli.measure(args, [workloads.QUICK_DEMO])
+    assert row["warning"] == "the card was 40 % busy with something else before the run"
+
+
+ENVIRONMENT = {"device": "A card", "driver": "1", "cuda": "13", "torch": "2", "python": "3"}
+ENVIRONMENT |= {"commit": None, "dirty": None}

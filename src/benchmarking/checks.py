@@ -124,7 +124,11 @@ def invalid(outputs: list, copies: list[dict]) -> str | None:
 
 def _impossible(output, inputs: dict) -> str | None:
     tokens, accepted = (tensor.cpu().long() for tensor in output)
-    ids, p = inputs["draft_token_ids"].cpu(), inputs["target_probs"]
+    ids = inputs["draft_token_ids"].cpu()
+    # Of logits, -inf alone is impossible.
+    p, least = inputs.get("target_probs"), 0.0
+    if p is None:
+        p, least = inputs["target_logits"], float("-inf")
     (size, length), vocab = ids.shape, p.shape[2]
     if ((accepted < 0) | (accepted > length)).any():
         return f"num_accepted outside 0 to {length}"
@@ -137,7 +141,7 @@ def _impossible(output, inputs: dict) -> str | None:
     if (tokens[:, :-1] != ids)[position[:-1] < accepted[:, None]].any():
         return "an accepted token that is not the draft's"
     at = (torch.arange(size), accepted, last)
-    if not (p[tuple(index.to(p.device) for index in at)] > 0).all():
+    if not (p[tuple(index.to(p.device) for index in at)] > least).all():
         return "a last token to which the target gives probability 0"
     return None
 

@@ -15,11 +15,11 @@ from __future__ import annotations
 
 from src.benchmarking import cli, plots, workloads
 from src.benchmarking.sweep import Contestant
+from src.benchmarking.target_tables import KERNELS
 
 FLOOR_FACTOR, FLOOR_MARGIN_US = 1.2, 3.5
 # The Python loop takes time in proportion to the batch.
 BASELINE_MOST = 16
-KERNELS = ("cuda", "cpp")
 
 
 def too_slow(cell: workloads.Workload, entrant: Contestant) -> str | None:

@@ -18,10 +18,9 @@ from collections.abc import Callable
 import torch
 
 from src import from_logits, oracle, samplers
-from src.benchmarking import checks, cli, plots, sweep, workloads
+from src.benchmarking import checks, cli, peers, plots, sweep, workloads
 from src.benchmarking.sweep import Contestant
 from src.benchmarking.workloads import Workload
-from src.compiled.from_logits import log_probabilities, sample_from_logits
 from src.contract import SamplerUnavailable
 
 SOFTMAX, WITHOUT = "softmax", "no-logsumexp"
@@ -47,12 +46,13 @@ def make_inputs(workload: Workload, device: str, seed: int) -> dict[str, torch.T
     ids = torch.empty(size, length, dtype=torch.int64, device=device)
     logsumexp = torch.empty(size, length, dtype=torch.float64, device=device)
     filters = workloads.FILTERS[workload.name]
+    draw = from_logits.get("vectorized").load(device).sample_from_logits
     for b in range(size):
         logits = workloads.PEAKEDNESS * torch.randn(length + 1, vocab, device=device, generator=g)
         target[b] = logits
         draft[b] = logits[:length] + noise * torch.randn(length, vocab, device=device, generator=g)
         options = _parameters(filters, length, device)
-        ids[b], logsumexp[b] = sample_from_logits(draft[b], generator=g, **options)
+        ids[b], logsumexp[b] = draw(draft[b], generator=g, **options)
     return {
         "draft_token_ids": ids,
         "target_logits": target,
@@ -141,10 +141,11 @@ def _without(function: Callable) -> Callable:
 
 def _softmax_first(name: str, device: str) -> Callable:
     sample = samplers.get(name).load(device)
+    filtered = from_logits.get("vectorized").load(device).log_probabilities
 
     def probabilities(logits, filters):
         if filters:
-            return log_probabilities(logits, **filters).exp()
+            return filtered(logits, **filters).exp()
         return logits.softmax(-1, dtype=torch.float32)
 
     def verify(draft_token_ids, target_logits, draft_logits, draft_logsumexp, uniforms, **filters):
@@ -152,6 +153,32 @@ def _softmax_first(name: str, device: str) -> Callable:
         return sample(draft_token_ids, q, p, uniforms=uniforms)
 
     return verify
+
+
+def _from_logits(peer: Contestant) -> Contestant:
+    """A peer, whose adapter makes its logits of probabilities, for inputs of logits. Its own tests
+    of distribution have probabilities, which go to it as they are."""
+    if peer.function is None:
+        return peer
+
+    def arguments(inputs: dict) -> dict:
+        if "target_probs" in inputs:
+            return inputs
+        found = {name: inputs[name] for name in ("draft_token_ids", "uniforms")}
+        for side in ("draft", "target"):
+            found[f"{side}_probs"] = inputs[f"{side}_logits"].softmax(-1, dtype=torch.float32)
+        return found
+
+    return peer._replace(
+        function=lambda **inputs: peer.function(**arguments(inputs)),
+        prepare=lambda **inputs: peer.prepare(**arguments(inputs)),
+    )
+
+
+def not_theirs(cell: Workload, entrant: Contestant) -> str | None:
+    if entrant.exact or (cell.dtype == "float32" and not workloads.FILTERS[cell.name]):
+        return None
+    return "its adapter gives it float32 logits without a filter"
 
 
 def add_targets(rows: list[dict]) -> None:
@@ -181,9 +208,16 @@ def _cell(row: dict) -> tuple:
 
 def main(argv: list[str] | None = None) -> int:
     parser = cli.sweep_options(__doc__, runs=50, dials=False, choice=False)
+    parser.add_argument("--peers", action="store_true", help="those of other packages too")
     args = cli.parse(parser, "from_logits", argv, program="-m src.benchmarking.logits")
     args.entrants = contestants(args.device)
-    result = cli.measure(args, workloads.LOGITS_CELLS, problem=PROBLEM, budget_s=3.0)
+    if args.peers:
+        try:
+            args.entrants += [_from_logits(p) for p in peers.contestants(args.device, "logits")]
+        except SamplerUnavailable as error:
+            parser.error(f"--peers: {error}")
+    options = {"problem": PROBLEM, "budget_s": 3.0, "leave_out": not_theirs}
+    result = cli.measure(args, workloads.LOGITS_CELLS, **options)
     add_targets(result["rows"])
     return cli.finish(args, result, plots.from_logits)
 

@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 import importlib
+from collections.abc import Callable
 
 from src.benchmarking import sweep
 from src.contract import SamplerUnavailable
 
 _REGISTRY = "src.peers"
+_ARGUMENTS = ("draft_token_ids", "draft_probs", "target_probs")
 
 
-def contestants(device: str) -> list[sweep.Contestant]:
-    """Every peer of the registry that runs on `device`; one that is not installed, too old or
-    faulty says so. They draw their own random numbers, so none is held to the oracle's tokens.
+def contestants(device: str, reads: str = "probabilities") -> list[sweep.Contestant]:
+    """The peers that read "probabilities" or "logits"; one that is not installed, too old, faulty
+    or not for `device` says so. They draw their own random numbers, so none is held to the oracle's
+    tokens. What they want otherwise laid out is laid out before their time counts.
 
     Raises SamplerUnavailable where there is no registry.
     """
@@ -22,5 +25,18 @@ def contestants(device: str) -> list[sweep.Contestant]:
         if error.name != _REGISTRY:
             raise
         raise SamplerUnavailable("this checkout has no src/peers") from None
-    peers = [registry.get(name) for name in registry.names(device)]
-    return [sweep.contestant(peer, device, exact=False) for peer in peers]
+    peers = [registry.get(name) for name in registry.names()]
+    found = [sweep.contestant(p, device, exact=False) for p in peers if p.reads == reads]
+    return [_adapted(entrant) if entrant.function else entrant for entrant in found]
+
+
+def _adapted(entrant: sweep.Contestant) -> sweep.Contestant:
+    adapter = entrant.function
+
+    def sample(uniforms, **inputs):
+        return adapter(**inputs)
+
+    def prepare(uniforms, **inputs) -> Callable:
+        return adapter.prepare(*(inputs[name] for name in _ARGUMENTS))
+
+    return entrant._replace(function=sample, prepare=prepare)

@@ -34,6 +34,8 @@ class Contestant(NamedTuple):
 
     exact: it takes the uniforms, so that its tokens are the oracle's; else it is held to what is
     valid, and its distribution is tested before the first workload.
+    prepare: takes the arguments of `function` and returns a function of none, whose calls are what
+    is timed; None where calls of `function` are.
     """
 
     name: str
@@ -44,6 +46,7 @@ class Contestant(NamedTuple):
     command: str | None = None
     exact: bool = True
     status: str = "skipped"  # where function is None
+    prepare: Callable | None = None
 
 
 def contestants(names: Iterable[str], device: str) -> list[Contestant]:
@@ -52,8 +55,9 @@ def contestants(names: Iterable[str], device: str) -> list[Contestant]:
 
 
 def contestant(sampler, device: str, *, exact: bool = True) -> Contestant:
-    """A registry's entry (name, label, load) as one that runs, or as one that says why not."""
-    capturable = sampler.name not in SYNCHRONISING
+    """A registry's entry (name, label, load; capturable, unless it is by its name) as one that
+    runs, or as one that says why not."""
+    capturable = getattr(sampler, "capturable", sampler.name not in SYNCHRONISING)
     try:
         function, reason, command = sampler.load(device), None, None
     except SamplerUnavailable as error:
@@ -196,8 +200,16 @@ def _measure(
         if wrong:
             _stop(rows[name], "failed", wrong)
 
+    timed = {}
+    for name, entrant in runnable.items():
+        if rows[name]["status"] == "ok":
+            try:
+                timed[name] = _prepared(entrant, copies)
+            except Exception as error:
+                _stop(rows[name], "failed", f"while prepared: {checks.one_line(error)}")
+
     def passing():
-        return {n: e.function for n, e in runnable.items() if rows[n]["status"] == "ok"}
+        return {name: f for name, f in timed.items() if rows[name]["status"] == "ok"}
 
     try:
         latencies, last = timing.latencies(passing(), copies, device, **clock)
@@ -223,6 +235,18 @@ def _measure(
         _add_gpu_times(rows, candidates, judges, readers, copies, backlog)
     _add_speedups(rows)
     return list(rows.values())
+
+
+def _prepared(entrant: Contestant, copies: list[dict]) -> Callable:
+    """What is timed, a function of a copy's inputs."""
+    if entrant.prepare is None:
+        return entrant.function
+    calls = {inputs["uniforms"].data_ptr(): entrant.prepare(**inputs) for inputs in copies}
+
+    def call(uniforms, **_others):
+        return calls[uniforms.data_ptr()]()
+
+    return call
 
 
 def _add_gpu_times(rows, candidates, judges, readers, copies, backlog) -> None:
