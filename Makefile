@@ -1,5 +1,6 @@
 # make demo: a virtual environment with the tested packages, the extension, then quick_demo.py.
 # make test: the same, then the tests on the CPU. make test-gpu: the tests of a CUDA card.
+# make mutants: plants faults in a copy of the tree and shows which test catches each.
 # PY=python3 (any interpreter) uses the environment you already have instead of making one.
 VENV ?= .venv
 ifeq ($(origin PY), undefined)
@@ -15,7 +16,7 @@ CXX_SOURCES := $(wildcard $(CSRC)/*.cpp $(CSRC)/*.h $(CSRC)/*.cu)
 CXX_TESTS := $(wildcard tests/emulation/*.cpp tests/emulation/*.h examples/cpp/*.cu)
 BUILT := $(CSRC)/build/.built
 
-.PHONY: demo test test-gpu cuda-check build lint clean
+.PHONY: demo test test-gpu mutants cuda-check build lint clean
 demo: build
 	$(PY) quick_demo.py
 
@@ -24,6 +25,9 @@ test: build
 
 test-gpu: build
 	$(PY) -m pytest -q -m gpu
+
+mutants: build
+	$(PY) -m tests.mutants
 
 # Compiles the kernels for every architecture, without a card; a spill in a fast kernel fails.
 cuda-check: $(SETUP)
