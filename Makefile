@@ -1,6 +1,7 @@
 # make demo: a virtual environment with the tested packages, the extension, then quick_demo.py.
 # make test: the same, then the tests on the CPU. make test-gpu: the tests of a CUDA card.
 # make record: every benchmark on this machine.
+# make mutants: plants faults in a copy of the tree and shows which test catches each.
 # PY=python3 (any interpreter) uses the environment you already have instead of making one.
 VENV ?= .venv
 ifeq ($(origin PY), undefined)
@@ -16,7 +17,7 @@ CXX_SOURCES := $(wildcard $(CSRC)/*.cpp $(CSRC)/*.h $(CSRC)/*.cu $(CSRC)/*.cuh)
 CXX_TESTS := $(wildcard tests/emulation/*.cpp tests/emulation/*.h examples/cpp/*.cu)
 BUILT := $(CSRC)/build/.built
 
-.PHONY: demo test test-gpu sanitize record smoke report readme cuda-check build lint clean
+.PHONY: demo test test-gpu sanitize mutants record smoke report readme cuda-check build lint clean
 demo: build
 	$(PY) quick_demo.py
 
@@ -62,6 +63,9 @@ report: $(SETUP)
 
 readme: $(SETUP)
 	$(PY) -m src.benchmarking.report --readme
+
+mutants: build
+	$(PY) -m tests.mutants
 
 # Compiles the kernels for every architecture, without a card; a spill in a fast kernel fails.
 cuda-check: $(SETUP)

@@ -1,0 +1,355 @@
+"""Plants faults, one at a time, in a temporary copy of this tree and shows which test fails.
+
+python -m tests.mutants [--only WORD ...] [--output FILE]
+
+Faults in the shared header and in the C++ kernel are compiled into the extension (half a minute
+each); the CUDA kernels' are compiled by tests/emulation. Exit status 1 where a fault survives, 2
+where one cannot be planted. tests/test_mutants.py checks in CI that every fault still fits.
+"""
+
+from __future__ import annotations
+
+import argparse
+import re
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import NamedTuple
+
+ROOT = Path(__file__).resolve().parent.parent
+CSRC = Path("src/cuda/csrc")
+HEADER = f"{CSRC}/fused_rejection.h"
+CPP = f"{CSRC}/fused_rejection.cpp"
+KERNELS = f"{CSRC}/fused_rejection_kernel.cu"
+LEFT_BEHIND = (".git", ".venv", "build", "__pycache__", ".hypothesis", ".pytest_cache")
+LEFT_BEHIND += (".ruff_cache", "benchmark_results")
+EXTENSION_TESTS = ("tests/test_samplers.py", "tests/test_properties.py")
+EXTENSION_TESTS += ("tests/test_emulated_kernels.py", "tests/test_operator.py")
+TESTS = {  # of a file: the test files, and pytest's -k
+    HEADER: (EXTENSION_TESTS, "cpp or emulated or kernels or flattened"),
+    CPP: (EXTENSION_TESTS, "cpp or flattened"),
+    KERNELS: (("tests/test_emulated_kernels.py", "tests/test_properties.py"), "kernel"),
+    "src/baseline/rejection_sampler.py": (
+        ("tests/test_samplers.py", "tests/test_properties.py"),
+        "baseline",
+    ),
+    "src/compiled/rejection_sampler.py": (
+        ("tests/test_samplers.py", "tests/test_properties.py"),
+        "vectorized and not compiled",
+    ),
+    "src/randomness.py": (("tests/test_philox.py", "tests/test_samplers.py"), ""),
+    "src/contract.py": (("tests/test_contract.py", "tests/test_samplers.py"), ""),
+    "src/peers/compat.py": (("tests/test_peers_compat.py",), ""),
+}
+
+
+class Mutant(NamedTuple):
+    fault: str  # what is wrong now
+    file: str
+    old: str  # occurs once in the file
+    new: str
+
+
+MUTANTS = [
+    Mutant(
+        "accepts u * q == p, so a token the target gives 0 where u is 0",
+        HEADER,
+        "static_cast<double>(q) < static_cast<double>(p)",
+        "static_cast<double>(q) <= static_cast<double>(p)",
+    ),
+    Mutant(
+        "u * q rounded to float32, which rejects p == q among denormals",
+        HEADER,
+        "static_cast<double>(u) * static_cast<double>(q) < static_cast<double>(p)",
+        "u * q < p",
+    ),
+    Mutant(
+        "uniforms in (0, 1] as curand_uniform has them",
+        HEADER,
+        "(word >> 8) * 0x1p-24f",
+        "((word >> 8) + 1) * 0x1p-24f",
+    ),
+    Mutant("Philox with 9 rounds", HEADER, "round < 10", "round < 9"),
+    Mutant("the stream's offset is not read", HEADER, "static_cast<uint64_t>(a.offsets[b])", "0"),
+    Mutant(
+        "infinite weights are not capped",
+        HEADER,
+        "return difference < kMaxWeight ? difference : kMaxWeight;",
+        "return difference;",
+    ),
+    Mutant(
+        "NaN has weight",
+        HEADER,
+        "if (!(difference > 0.0f)) return 0.0f;",
+        "if (difference <= 0.0f) return 0.0f;",
+    ),
+    Mutant(
+        "a draft id of V is an address",
+        HEADER,
+        "id < params->vocab_size",
+        "id <= params->vocab_size",
+    ),
+    Mutant("a draft id below -1 is an address", HEADER, "return id >= 0 && id <", "return id <"),
+    Mutant(
+        "recovers from p instead of the residual",
+        HEADER,
+        "row.q = q + k * params->draft_position_stride;",
+        "row.q = nullptr;",
+    ),
+    Mutant(
+        "a one-hot draft that was rejected may be recovered",
+        HEADER,
+        "row.one_hot = static_cast<int>(id);",
+        "row.one_hot = -1;",
+    ),
+    Mutant(
+        "the flattened layout recovers from the bonus row",
+        HEADER,
+        "if (bonus && k == drafts) row.p = bonus;",
+        "if (bonus) row.p = bonus;",
+    ),
+    Mutant(
+        "flattened ends are not held inside the drafts",
+        HEADER,
+        "(end < a.num_flat ? end : a.num_flat) - first_id",
+        "end - first_id",
+    ),
+    Mutant(
+        "one place after the last token is not padded",
+        HEADER,
+        "int64_t k = accepted + 1; k <=",
+        "int64_t k = accepted + 2; k <=",
+    ),
+    Mutant(
+        "draws the index whose cumulative weight equals the threshold",
+        HEADER,
+        "if (before > rest) break;",
+        "if (before >= rest) break;",
+    ),
+    Mutant("an index without weight may be drawn", HEADER, "if (!(w > 0)) continue;", ""),
+    Mutant(
+        "a tile is summed in another order",
+        HEADER,
+        "w(i * n + j) + w(i * n + j + kTile / 2)",
+        "w(2 * (i * n + j)) + w(2 * (i * n + j) + 1)",
+    ),
+    Mutant(
+        "a zero residual gives token 0",
+        CPP,
+        "row = row.target();  // no residual: draw from p",
+        "break;",
+    ),
+    Mutant(
+        "the recovery's uniform is the first draft's",
+        CPP,
+        "uniform(a, b, a.spec_length));",
+        "uniform(a, b, 0));",
+    ),
+    Mutant(
+        "reads beyond the row's end in its last tile",
+        KERNELS,
+        "w[j][e] = i < left ? here(i) : 0.0f;",
+        "w[j][e] = here(i);",
+    ),
+    Mutant(
+        "no barrier between the decision and its readers",
+        KERNELS,
+        "  __syncthreads();\n  // No block writes",
+        "  // No block writes",
+    ),
+    Mutant(
+        "the blocks of a row do not wait for one another's sums",
+        KERNELS,
+        "      cluster_arrive();\n      cluster_wait();\n    } else",
+        "    } else",
+    ),
+    Mutant(
+        "every lane adds in the scan", KERNELS, "if (lane >= d) scan += other;", "scan += other;"
+    ),
+    Mutant(
+        "the draw in the tile forgets the spans before",
+        KERNELS,
+        "pick_here(threshold - (lane ? previous : 0.0))",
+        "pick_here(threshold)",
+    ),
+    Mutant(
+        "a row without mass keeps what was in memory",
+        KERNELS,
+        "request.store(accepted, 0);  // p has no mass either",
+        "",
+    ),
+    Mutant(
+        "the thread-per-row kernel starts its stream at 0",
+        KERNELS,
+        "curand_init(stream.seed, stream.subsequence, stream.position, &state)",
+        "curand_init(stream.seed, stream.subsequence, 0, &state)",
+    ),
+    Mutant(
+        "the rest of the output row is 0, not -1",
+        KERNELS,
+        "k < accepted ? request.id(k) : kPlaceholderTokenId",
+        "k < accepted ? request.id(k) : 0",
+    ),
+    Mutant(
+        "baseline: accepts u * q == p",
+        "src/baseline/rejection_sampler.py",
+        ".item() * q_x < p[x].item()",
+        ".item() * q_x <= p[x].item()",
+    ),
+    Mutant(
+        "baseline: a zero residual draws token 0",
+        "src/baseline/rejection_sampler.py",
+        "if weights is None or weights.sum().item() == 0:",
+        "if weights is None:",
+    ),
+    Mutant(
+        "baseline: a draft id of V is looked up",
+        "src/baseline/rejection_sampler.py",
+        "0 <= x < shape.vocab_size",
+        "0 <= x <= shape.vocab_size",
+    ),
+    Mutant(
+        "vectorized: drafts after a rejection count",
+        "src/compiled/rejection_sampler.py",
+        "accept.long().cumprod(1).sum(1)",
+        "accept.long().sum(1)",
+    ),
+    Mutant(
+        "vectorized: float32 accept threshold",
+        "src/compiled/rejection_sampler.py",
+        "threshold = threshold * draft_probs.gather(-1, index).squeeze(-1).double()",
+        "threshold = (uniforms[:, :spec_length] * draft_probs.gather(-1, index).squeeze(-1))",
+    ),
+    Mutant(
+        "vectorized: the row after the rejected one",
+        "src/compiled/rejection_sampler.py",
+        "p = target_probs[rows, num_accepted].float()",
+        "p = target_probs[rows, (num_accepted + 1).clamp(max=spec_length)].float()",
+    ),
+    Mutant(
+        "vectorized: NaN has weight",
+        "src/compiled/rejection_sampler.py",
+        "torch.where(values > 0, values, 0.0).clamp(max=MAX_WEIGHT)",
+        "values.clamp(0, MAX_WEIGHT)",
+    ),
+    Mutant(
+        "PyTorch's stream shifts offsets arithmetically",
+        "src/randomness.py",
+        "(position >> 2) & 0x3FFFFFFFFFFFFFFF",
+        "position >> 2",
+    ),
+    Mutant(
+        "a vocabulary with a stride is let through",
+        "src/contract.py",
+        "if tensor.stride(-1) != 1:",
+        "if False:",
+    ),
+    Mutant(
+        "vLLM V1: the bonus token also after a rejection",
+        "src/peers/compat.py",
+        "is_bonus = (columns == lengths[:, None]) & (output.num_accepted == lengths)[:, None]",
+        "is_bonus = columns == lengths[:, None]",
+    ),
+    Mutant(
+        "vLLM V2: draft rows looked up by request, not by its entry",
+        "src/peers/compat.py",
+        "draft_probs = draft_logits[expanded_idx_mapping.long(), step]",
+        "draft_probs = draft_logits[expanded_idx_mapping.long() * 0, step]",
+    ),
+]
+
+
+def plant(folder: Path, mutant: Mutant) -> str:
+    """Plants the fault in the tree at `folder`; returns the file's text of before. Raises
+    ValueError where `old` does not occur exactly once."""
+    path = folder / mutant.file
+    text = path.read_text()
+    if text.count(mutant.old) != 1:
+        raise ValueError(f"{mutant.file} has {text.count(mutant.old)} times: {mutant.old}")
+    path.write_text(text.replace(mutant.old, mutant.new))
+    return text
+
+
+def build(folder: Path) -> None:
+    command = [sys.executable, "setup.py", "-q", "build_ext", "--inplace"]
+    done = subprocess.run(command, cwd=folder / CSRC, capture_output=True, text=True)
+    if done.returncode:
+        raise ValueError(f"does not build:\n{done.stdout[-2000:]}{done.stderr[-2000:]}")
+
+
+def run_tests(folder: Path, file: str) -> str | None:
+    """The first test that fails, or None where all pass."""
+    files, expression = TESTS[file]
+    command = [sys.executable, "-m", "pytest", "-xq", "-p", "no:cacheprovider", *files]
+    command += ["-k", expression] if expression else []
+    done = subprocess.run(command, cwd=folder, capture_output=True, text=True)
+    if done.returncode == 0:
+        return None
+    failed = re.search(r"^FAILED tests/(\S+)", done.stdout, re.MULTILINE)
+    if failed:
+        return failed[1]
+    if done.returncode < 0:  # a signal: the fault crashed the interpreter
+        return f"crash (signal {-done.returncode})"
+    raise ValueError(f"the tests did not run:\n{done.stdout[-2000:]}{done.stderr[-2000:]}")
+
+
+def try_mutant(folder: Path, mutant: Mutant, extension: dict[Path, bytes]) -> str | None:
+    before = plant(folder, mutant)
+    try:
+        if mutant.file in (HEADER, CPP):
+            build(folder)
+        return run_tests(folder, mutant.file)
+    finally:
+        (folder / mutant.file).write_text(before)
+        for path, content in extension.items():
+            path.unlink()  # a new file: the old one may still be mapped
+            path.write_bytes(content)
+
+
+def table(results) -> str:
+    lines = ["| fault | file | caught by |", "|---|---|---|"]
+    for mutant, killer in results:
+        caught = f"`{killer}`" if killer else "**survives**"
+        lines.append(f"| {mutant.fault} | {Path(mutant.file).name} | {caught} |")
+    return "\n".join(lines) + "\n"
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--only", nargs="*", default=[], help="faults whose text has these words")
+    parser.add_argument("--output", type=Path, help="also write the table to this Markdown file")
+    options = parser.parse_args()
+    chosen = [m for m in MUTANTS if all(word in m.fault for word in options.only)]
+    results = []
+    with tempfile.TemporaryDirectory() as temporary:
+        folder = Path(temporary) / "tree"
+        shutil.copytree(ROOT, folder, ignore=shutil.ignore_patterns(*LEFT_BEHIND))
+        extension = {p: p.read_bytes() for p in (folder / CSRC).glob("fused_rejection_C.*")}
+        try:
+            build(folder)  # its object files, so that what follows is a rebuild
+            for file in sorted({mutant.file for mutant in chosen}):
+                failed = run_tests(folder, file)
+                if failed:
+                    raise ValueError(f"{failed} fails without any fault")
+            for mutant in chosen:
+                start = time.monotonic()
+                results.append((mutant, try_mutant(folder, mutant, extension)))
+                seconds = time.monotonic() - start
+                killer = results[-1][1] or "SURVIVES"
+                print(f"{mutant.fault}: {killer} ({seconds:.0f} s)", file=sys.stderr, flush=True)
+        except ValueError as error:
+            print(error, file=sys.stderr)
+            return 2
+    print(table(results))
+    survivors = sum(killer is None for _, killer in results)
+    print(f"{len(results) - survivors} of {len(results)} faults caught")
+    if options.output:
+        options.output.write_text(f"# Planted faults (`make mutants`)\n\n{table(results)}")
+    return 1 if survivors else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
