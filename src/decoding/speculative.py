@@ -56,7 +56,7 @@ class Distribution:
 class Stats:
     """Counts of one generation, over all rows while they were active.
 
-    rounds: rounds times active rows. drafted, accepted: [K], draft tokens proposed and accepted at
+    rounds: rounds times active rows. steps: rounds, whatever the number of rows. drafted, accepted: [K], draft tokens proposed and accepted at
     each position; examined: those whose predecessors were all accepted. These are the sampler's
     verdicts: tokens cut off behind an EOS or the limit are in `accepted`, not in `tokens`.
     not_argmax: emitted tokens that are not the argmax of the logits that verified them (greedy
@@ -64,6 +64,7 @@ class Stats:
     """
 
     rounds: int = 0
+    steps: int = 0
     tokens: int = 0
     drafted: list[int] = field(default_factory=list)
     examined: list[int] = field(default_factory=list)
@@ -297,7 +298,7 @@ class Decoder:
         sent = [len(prompt) for prompt in prompts]
         # A second round may be in flight unread where the first cannot be the last but by EOS.
         depth = 2 if self.mode == "graphed" and on_tokens is None else 1
-        left, unread = max_new_tokens, deque()
+        left, unread, steps = max_new_tokens, deque(), 0
         while left:
             if len(unread) < depth and (not unread or left > self.spec_length + 1):
                 for name, function in zip(PHASES, functions, strict=False):
@@ -305,13 +306,14 @@ class Decoder:
                         clock.mark(name)
                     function()
                 unread.append(_HostCopy(self._state.left))
+                steps += 1
             else:
                 left = unread.popleft().value()
                 if on_tokens is not None:
                     self._report(on_tokens, sent)
         clock.mark("end")
         seconds = clock.synchronized() - begin
-        return self._result(prompts, seconds, clock.seconds(), profile)
+        return self._result(prompts, seconds, clock.seconds(), steps, profile)
 
     def _check(self, prompts, max_new_tokens, seeds) -> None:
         if not 1 <= len(prompts) <= self.batch_size:
@@ -357,12 +359,13 @@ class Decoder:
                 on_tokens(row, text[sent[row] :])
                 sent[row] = len(text)
 
-    def _result(self, prompts, seconds, marked, profile) -> Generation:
+    def _result(self, prompts, seconds, marked, steps, profile) -> Generation:
         state = self._state
         rows = self._rows(prompts)
         new = [row[len(prompt) :] for row, prompt in zip(rows, prompts, strict=True)]
         stats = Stats(
             rounds=int(state.rounds),
+            steps=steps,
             tokens=sum(len(row) for row in new),
             drafted=state.drafted.tolist(),
             examined=state.examined.tolist(),
