@@ -100,6 +100,7 @@ class Comparison:
         self.device = pair.target.device
         self.batches = _batches(prompts, settings.batch_size)
         self._ids = {prompt: pair.encode(prompt.text) for prompt in prompts}
+        self._order = {prompt: i for i, prompt in enumerate(self._ids)}
         longest = max(len(ids) for ids in self._ids.values())
         self._max_length = longest + settings.max_new_tokens
         greedy = settings.temperature == 0
@@ -155,7 +156,9 @@ class Comparison:
             return self._by_transformers(method, ids, batch[0].category)
         length = self.spec_length(method, batch[0].category)
         decoder = self.decoder(method, length, check=profile and self.distribution.greedy)
-        seeds = [self.settings.seed + 1000 * run + i for i in range(len(ids))]
+        # A seed for each prompt and run, whatever the batch.
+        first = self.settings.seed + run * len(self._ids)
+        seeds = [first + self._order[prompt] for prompt in batch]
         return decoder.generate(ids, self.settings.max_new_tokens, seeds=seeds, profile=profile)
 
     def decoder(self, method: Method, length: int, check: bool = False) -> Decoder:
@@ -301,6 +304,7 @@ class Comparison:
         profile = [profiled[batch] for batch in batches]
         for phase in ("draft", "verify", "sample"):
             row[f"{phase}_s"] = sum(g.stats.seconds[phase] for g in profile) / len(profile)
+        row["profiled_steps"] = sum(g.stats.steps for g in profile) / len(profile)
         wrong = sum(g.stats.not_argmax for g in profile)
         if wrong:
             row |= {"status": "failed", "reason": f"{wrong} greedy tokens are not the argmax"}
@@ -343,6 +347,28 @@ class Comparison:
     def _skipped(self, method: Method, reason: str, command: str | None) -> dict:
         row = self._identity(method, "all")
         return row | {"status": "skipped", "reason": reason, "command": command}
+
+    def stream(self, write) -> None:
+        """Decodes the first prompt by plain and by speculative decoding, calling write(text) for
+        each as the tokens come, and saying what was accepted."""
+        _, batch = self.batches[0]
+        ids = [self._ids[batch[0]]]
+        for name in (PLAIN, self._draw):
+            method = Method(name, _LABELS.get(name, "plain decoding"), self.settings.modes[0])
+            decoder = self.decoder(method, self.spec_length(method, batch[0].category))
+            seen: list[int] = []
+
+            def show(row: int, tokens: list[int], seen=seen) -> None:
+                before = self.pair.decode(seen) if seen else ""
+                seen += tokens
+                write(self.pair.decode(seen)[len(before) :], end="", flush=True)
+
+            write(f"\n{method.label}:")
+            result = decoder.generate(
+                ids, self.settings.max_new_tokens, seeds=[self.settings.seed], on_tokens=show
+            )
+            per_round = result.stats.tokens / result.stats.steps
+            write(f"\n({result.stats.tokens} tokens, {per_round:.2f} a round)")
 
     def check_lossless(self) -> list[dict]:
         """Each speculative method against its mode's plain decoding, over the first batch of every

@@ -56,8 +56,9 @@ class Distribution:
 class Stats:
     """Counts of one generation, over all rows while they were active.
 
-    rounds: rounds times active rows. steps: rounds, whatever the number of rows. drafted, accepted: [K], draft tokens proposed and accepted at
-    each position; examined: those whose predecessors were all accepted. These are the sampler's
+    rounds: rounds times active rows. steps: rounds, whatever the number of rows. drafted,
+    accepted: [K], draft tokens proposed and accepted at each position; examined: those whose
+    predecessors were all accepted. These are the sampler's
     verdicts: tokens cut off behind an EOS or the limit are in `accepted`, not in `tokens`.
     not_argmax: emitted tokens that are not the argmax of the logits that verified them (greedy
     decoding with check=True only). seconds: of each phase, in a profiled generation only.
