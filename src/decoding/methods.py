@@ -11,6 +11,7 @@ import torch
 
 from src import samplers
 from src.decoding import spec_length as lengths
+from src.decoding.cache import CachedModel
 from src.decoding.drafts import forced_acceptance
 from src.decoding.generate import draft_maker
 from src.decoding.lossless import first_divergence
@@ -107,6 +108,9 @@ class Comparison:
         processor = logits_processor(settings.temperature, settings.top_k, settings.top_p)
         self.distribution = Distribution(processor, greedy=greedy)
         self._draw = _first_available(self.device.type)
+        length = settings.spec_length
+        self._longest_draft = lengths.LONGEST if length == "auto" else int(length)
+        self._caches = {}
         self._decoders = {}
         self._lengths = {}
 
@@ -182,11 +186,14 @@ class Comparison:
         sample = samplers.get(sampler).load(self.device.type)
         if length and self.pair.synthetic:
             sample = forced_acceptance(sample, self.settings.acceptance)
-        compiled = self.settings.compiled
-        draft = draft_maker(self.pair.draft, self._draw, self.device, compiled=compiled)
+        draft = None
+        if length:
+            model = self.pair.draft
+            cached = model if model == PROMPT_LOOKUP else self._cache(model)
+            draft = draft_maker(cached, self._draw, self.device)
         return Decoder(
-            self.pair.target,
-            draft if length else None,
+            self._cache(self.pair.target),
+            draft,
             sample,
             spec_length=length,
             max_length=self._max_length,
@@ -195,9 +202,17 @@ class Comparison:
             eos_token_ids=self.pair.eos_token_ids,
             mode=mode,
             capturable=sampler not in _READS_ON_HOST,
-            compiled=compiled,
             check=check and not self.pair.synthetic,
         )
+
+    def _cache(self, model) -> CachedModel:
+        """One cache a model for all decoders: they take turns, and compiled code is kept."""
+        if model not in self._caches:
+            size = self.settings.batch_size
+            capacity = self._max_length + self._longest_draft
+            compiled = self.settings.compiled
+            self._caches[model] = CachedModel(model, size, capacity, compiled=compiled)
+        return self._caches[model]
 
     def _calibrate(self, method: Method, category: str) -> int:
         """K from acceptance and costs measured on the category's first prompts, with the sampler

@@ -8,10 +8,10 @@ import re
 import subprocess
 import sys
 from datetime import datetime, timezone
+from importlib import metadata
 from pathlib import Path
 
 import torch
-import transformers
 
 
 def environment(device: str) -> dict:
@@ -26,7 +26,7 @@ def environment(device: str) -> dict:
         "device": torch.cuda.get_device_name() if on_card else f"cpu {platform.machine()}",
         "cuda": torch.version.cuda if on_card else None,
         "torch": torch.__version__,
-        "transformers": transformers.__version__,
+        "transformers": metadata.version("transformers"),
         "python": platform.python_version(),
         "threads": None if on_card else torch.get_num_threads(),
         "commit": git("rev-parse", "HEAD"),

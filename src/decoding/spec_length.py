@@ -8,6 +8,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import NamedTuple
 
+# The longest draft that `choose` considers.
+LONGEST = 16
+
 
 class Cost(NamedTuple):
     """c, v, o as above."""
@@ -42,7 +45,12 @@ def expected_speedup(shares: Sequence[float], cost: Cost) -> float:
 
 
 def choose(
-    accepted: Sequence[int], rounds: int, cost: Cost, *, longest: int = 16, margin: float = 1.02
+    accepted: Sequence[int],
+    rounds: int,
+    cost: Cost,
+    *,
+    longest: int = LONGEST,
+    margin: float = 1.02,
 ) -> tuple[int, float]:
     """(K, S(K)) of the K in 1..longest with the largest expected speedup; (0, 1.0), plain decoding,
     where none reaches `margin`."""

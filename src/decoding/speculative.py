@@ -135,7 +135,8 @@ class _State:
 class Decoder:
     """Decodes up to batch_size prompts at a time; buffers and graphs are kept between calls.
 
-    target: a transformers causal LM in eval mode.
+    target: a transformers causal LM in eval mode, or a CachedModel of one, which decoders that
+        are not used at the same time may share.
     draft: maker of a draft, called with (batch_size, capacity); None for plain decoding.
     sample: a sampler of src/contract.py.
     spec_length: draft tokens a round; 0 with draft None.
@@ -144,7 +145,7 @@ class Decoder:
     mode: "eager", or "graphed": rounds captured in CUDA graphs (CUDA only).
     capturable: whether `sample` never reads a tensor on the host; where it does, graphed mode
         captures draft and verify and calls the sampler eagerly.
-    compiled: run the target's forward under torch.compile.
+    compiled: run the target's forward under torch.compile (where it is no CachedModel yet).
     check: count emitted tokens that greedy decoding should not have emitted (stats.not_argmax).
     Raises ValueError for a bad argument and for models of different vocabularies.
     """
@@ -182,7 +183,14 @@ class Decoder:
         self.max_length = max_length
         self.distribution = distribution or Distribution(greedy=True)
         capacity = max_length + spec_length
-        self.target = CachedModel(target, batch_size, capacity, compiled=compiled)
+        if not isinstance(target, CachedModel):
+            target = CachedModel(target, batch_size, capacity, compiled=compiled)
+        if target.batch_size != batch_size or target.capacity < capacity:
+            raise ValueError(
+                f"the target's cache is for {target.batch_size} rows of {target.capacity} tokens; "
+                f"wanted {batch_size} of at least {capacity}"
+            )
+        self.target = target
         self.draft = draft(batch_size, capacity) if draft is not None else None
         drafting = getattr(self.draft, "cached", None)
         if drafting is not None and drafting.vocab_size != self.target.vocab_size:
@@ -290,11 +298,11 @@ class Decoder:
         clock = _Clock(self.device)
         begin = clock.synchronized()
         clock.mark("prefill")
-        if longest > 1:
-            start = torch.zeros_like(self._state.start)
-            self.target.forward(self._state.tokens[:, : longest - 1], start, keep=1)
+        # All but the newest token of the longest prompt: the first round takes the newest ones.
+        before = self._state.tokens[:, : longest - 1]
+        self.target.prefill(before)
         if self.draft is not None:
-            self.draft.prefill(self._state.tokens, longest)
+            self.draft.prefill(before)
         clock.mark("rounds")
         sent = [len(prompt) for prompt in prompts]
         # A second round may be in flight unread where the first cannot be the last but by EOS.
