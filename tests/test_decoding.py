@@ -1,12 +1,15 @@
 """The decoding loop on tiny models: greedy losslessness, rows, stopping, seeds."""
 
 import itertools
+import re
+from pathlib import Path
 
 import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from src import samplers
+from src import decoding, samplers
+from src.decoding.cache import CachedModel
 from src.decoding.drafts import PromptLookupDraft, forced_acceptance
 from src.decoding.speculative import Decoder, Distribution
 from tests.tiny import VOCAB_SIZE, drafting, llama, relative
@@ -145,6 +148,23 @@ def test_prompt_lookup_proposes_what_followed_the_longest_then_latest_match():
     draft, probs = lookup.draft.propose(lookup._state, 3, None)
     assert probs is None
     assert draft.tolist() == [[50, 9, 2], [-1, -1, -1], [8, -1, -1]]
+
+
+def test_only_two_files_know_transformers():
+    folder = Path(decoding.__file__).parent
+    pattern = re.compile(r"^\s*(from|import) transformers", re.MULTILINE)
+    files = {path.name for path in folder.glob("*.py") if pattern.search(path.read_text("utf-8"))}
+    assert files == {"cache.py", "models.py"}
+
+
+def test_decoders_can_share_a_cache_and_a_small_one_is_refused():
+    shared = CachedModel(llama(0), batch_size=3, capacity=64)
+    for spec_length, draft in ((0, None), (4, DRAFTS["a relative"]), (2, DRAFTS["a stranger"])):
+        sharing = Decoder(shared, draft, VECTORIZED, spec_length=spec_length, max_length=40,
+                          batch_size=3)  # fmt: skip
+        assert sharing.generate(PROMPTS, NEW).token_ids == [by_generate(p) for p in PROMPTS]
+    with pytest.raises(ValueError, match="is for 3 rows of 64 tokens; wanted 2 of at least 40"):
+        Decoder(shared, None, VECTORIZED, spec_length=0, max_length=40, batch_size=2)
 
 
 @pytest.mark.parametrize(

@@ -91,10 +91,15 @@ class CachedModel:
                 "wanted full_attention only"
             )
         self.model = model
+        self.device = model.device
         self.batch_size = batch_size
         self.capacity = capacity
         self.vocab_size = config.vocab_size
-        self._forward = torch.compile(model.forward, dynamic=False) if compiled else model.forward
+        self._forward = model.forward
+        if compiled:
+            # A code for each number of query tokens; past the limit it would run uncompiled.
+            torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, 64)
+            self._forward = torch.compile(model.forward, dynamic=False)
         self._groups = config.num_attention_heads // config.num_key_value_heads
         self._slots = _Slots()
         layers = [_SlotLayer(capacity, self._slots) for _ in range(config.num_hidden_layers)]
@@ -104,6 +109,14 @@ class CachedModel:
         self._hidden = torch.full_like(self._visible, float("-inf"))
 
     @torch.no_grad()
+    def prefill(self, input_ids: torch.Tensor) -> None:
+        """Caches input_ids [B, Q] int64 at positions 0 to Q - 1; Q may be 0."""
+        if input_ids.shape[1]:
+            start = torch.zeros_like(input_ids[:, 0])
+            # Every prompt has its own length: compiling would start over for each.
+            self._run(self.model.forward, input_ids, start, 1)
+
+    @torch.no_grad()
     def forward(self, input_ids: torch.Tensor, start: torch.Tensor, keep: int = 0) -> torch.Tensor:
         """Logits [B, Q, V] of input_ids [B, Q] int64, row b at positions start[b], start[b]+1, …
 
@@ -111,6 +124,9 @@ class CachedModel:
             position before 0 counts as 0.
         keep: logits of the last `keep` tokens only; 0 keeps all.
         """
+        return self._run(self._forward, input_ids, start, keep)
+
+    def _run(self, forward, input_ids, start, keep):
         steps = torch.arange(input_ids.shape[1], device=start.device)
         positions = (start[:, None] + steps).clamp(min=0)
         # An additive mask in the model's dtype: SDPA would convert a boolean one in every layer.
@@ -121,7 +137,7 @@ class CachedModel:
         previous = config._attn_implementation
         config._attn_implementation = _ATTENTION
         try:
-            return self._forward(
+            return forward(
                 input_ids=input_ids,
                 attention_mask=mask,
                 position_ids=positions,

@@ -1,6 +1,6 @@
 """Where draft tokens come from: a smaller model, or the text so far.
 
-A draft has prefill(tokens, longest) and propose(state, spec_length, distribution), which returns
+A draft has prefill(tokens [B, Q]) and propose(state, spec_length, distribution), which returns
 (draft_token_ids [B, K] int64, draft_probs [B, K, V] float32 or None for a one-hot draft) without
 reading a tensor on the host.
 """
@@ -26,10 +26,8 @@ class ModelDraft:
         self.cached = cached
         self.draw = draw
 
-    def prefill(self, tokens: torch.Tensor, longest: int) -> None:
-        if longest > 1:
-            start = torch.zeros_like(tokens[:, 0])
-            self.cached.forward(tokens[:, : longest - 1], start, keep=1)
+    def prefill(self, tokens: torch.Tensor) -> None:
+        self.cached.prefill(tokens)
 
     def propose(self, state, spec_length: int, distribution):
         # After a full acceptance the last draft token is not in this cache yet. Two tokens in the
@@ -66,7 +64,7 @@ class PromptLookupDraft:
         self.max_ngram = max_ngram
         self.min_ngram = min_ngram
 
-    def prefill(self, tokens: torch.Tensor, longest: int) -> None:
+    def prefill(self, tokens: torch.Tensor) -> None:
         pass
 
     def propose(self, state, spec_length: int, distribution):

@@ -76,17 +76,22 @@ def speculative_generate(
     return torch.cat([input_ids, padded.to(input_ids.device)], 1)
 
 
-def draft_maker(draft, draw: str, device: torch.device, *, compiled: bool = False):
-    """The draft argument of Decoder for a causal LM or "prompt-lookup".
+def draft_maker(draft, draw: str, device: torch.device):
+    """The draft argument of Decoder for a causal LM, a CachedModel of one, or "prompt-lookup".
 
     draw: name of the sampler that draws the draft model's tokens.
     """
-    if draft == "prompt-lookup":
+    if isinstance(draft, str):
+        if draft != "prompt-lookup":
+            raise ValueError(f"draft is {draft!r}; wanted a causal LM or 'prompt-lookup'")
         return lambda batch_size, capacity: PromptLookupDraft()
     sample = samplers.get(draw).load(device.type)
-    return lambda batch_size, capacity: ModelDraft(
-        CachedModel(draft, batch_size, capacity, compiled=compiled), sample
-    )
+
+    def make(batch_size: int, capacity: int) -> ModelDraft:
+        ready = isinstance(draft, CachedModel)
+        return ModelDraft(draft if ready else CachedModel(draft, batch_size, capacity), sample)
+
+    return make
 
 
 def _refuse(members, known, kind: str) -> None:

@@ -110,6 +110,12 @@ class Pair:
         return self.tokenizer.decode(token_ids, skip_special_tokens=True)
 
 
+def quiet() -> None:
+    """No progress bars and no warnings from transformers, for scripts that print tables."""
+    transformers.utils.logging.set_verbosity_error()
+    transformers.utils.logging.disable_progress_bar()
+
+
 def load(name: str, *, device: str, dtype: torch.dtype) -> Pair:
     """The pair of that name: one of PAIRS or SYNTHETIC, or "auto", the first of AUTO to be had.
 

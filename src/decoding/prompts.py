@@ -39,3 +39,13 @@ def read(path: Path | str = OWN, categories: Sequence[str] = ()) -> list[Prompt]
         if category not in known:
             raise ValueError(f"category {category!r} is not in {path}; wanted {', '.join(known)}")
     return [prompt for prompt in prompts if not categories or prompt.category in categories]
+
+
+def first(prompts: Sequence[Prompt], count: int | None) -> list[Prompt]:
+    """The first `count` prompts of each category; None is all."""
+    seen, kept = {}, []
+    for prompt in prompts:
+        seen[prompt.category] = seen.get(prompt.category, 0) + 1
+        if count is None or seen[prompt.category] <= count:
+            kept.append(prompt)
+    return kept

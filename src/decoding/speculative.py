@@ -56,14 +56,16 @@ class Distribution:
 class Stats:
     """Counts of one generation, over all rows while they were active.
 
-    rounds: rounds times active rows. drafted, accepted: [K], draft tokens proposed and accepted at
-    each position; examined: those whose predecessors were all accepted. These are the sampler's
+    rounds: rounds times active rows. steps: rounds, whatever the number of rows. drafted,
+    accepted: [K], draft tokens proposed and accepted at each position; examined: those whose
+    predecessors were all accepted. These are the sampler's
     verdicts: tokens cut off behind an EOS or the limit are in `accepted`, not in `tokens`.
     not_argmax: emitted tokens that are not the argmax of the logits that verified them (greedy
     decoding with check=True only). seconds: of each phase, in a profiled generation only.
     """
 
     rounds: int = 0
+    steps: int = 0
     tokens: int = 0
     drafted: list[int] = field(default_factory=list)
     examined: list[int] = field(default_factory=list)
@@ -133,7 +135,8 @@ class _State:
 class Decoder:
     """Decodes up to batch_size prompts at a time; buffers and graphs are kept between calls.
 
-    target: a transformers causal LM in eval mode.
+    target: a transformers causal LM in eval mode, or a CachedModel of one, which decoders that
+        are not used at the same time may share.
     draft: maker of a draft, called with (batch_size, capacity); None for plain decoding.
     sample: a sampler of src/contract.py.
     spec_length: draft tokens a round; 0 with draft None.
@@ -142,7 +145,7 @@ class Decoder:
     mode: "eager", or "graphed": rounds captured in CUDA graphs (CUDA only).
     capturable: whether `sample` never reads a tensor on the host; where it does, graphed mode
         captures draft and verify and calls the sampler eagerly.
-    compiled: run the target's forward under torch.compile.
+    compiled: run the target's forward under torch.compile (where it is no CachedModel yet).
     check: count emitted tokens that greedy decoding should not have emitted (stats.not_argmax).
     Raises ValueError for a bad argument and for models of different vocabularies.
     """
@@ -180,7 +183,14 @@ class Decoder:
         self.max_length = max_length
         self.distribution = distribution or Distribution(greedy=True)
         capacity = max_length + spec_length
-        self.target = CachedModel(target, batch_size, capacity, compiled=compiled)
+        if not isinstance(target, CachedModel):
+            target = CachedModel(target, batch_size, capacity, compiled=compiled)
+        if target.batch_size != batch_size or target.capacity < capacity:
+            raise ValueError(
+                f"the target's cache is for {target.batch_size} rows of {target.capacity} tokens; "
+                f"wanted {batch_size} of at least {capacity}"
+            )
+        self.target = target
         self.draft = draft(batch_size, capacity) if draft is not None else None
         drafting = getattr(self.draft, "cached", None)
         if drafting is not None and drafting.vocab_size != self.target.vocab_size:
@@ -288,16 +298,16 @@ class Decoder:
         clock = _Clock(self.device)
         begin = clock.synchronized()
         clock.mark("prefill")
-        if longest > 1:
-            start = torch.zeros_like(self._state.start)
-            self.target.forward(self._state.tokens[:, : longest - 1], start, keep=1)
+        # All but the newest token of the longest prompt: the first round takes the newest ones.
+        before = self._state.tokens[:, : longest - 1]
+        self.target.prefill(before)
         if self.draft is not None:
-            self.draft.prefill(self._state.tokens, longest)
+            self.draft.prefill(before)
         clock.mark("rounds")
         sent = [len(prompt) for prompt in prompts]
         # A second round may be in flight unread where the first cannot be the last but by EOS.
         depth = 2 if self.mode == "graphed" and on_tokens is None else 1
-        left, unread = max_new_tokens, deque()
+        left, unread, steps = max_new_tokens, deque(), 0
         while left:
             if len(unread) < depth and (not unread or left > self.spec_length + 1):
                 for name, function in zip(PHASES, functions, strict=False):
@@ -305,13 +315,14 @@ class Decoder:
                         clock.mark(name)
                     function()
                 unread.append(_HostCopy(self._state.left))
+                steps += 1
             else:
                 left = unread.popleft().value()
                 if on_tokens is not None:
                     self._report(on_tokens, sent)
         clock.mark("end")
         seconds = clock.synchronized() - begin
-        return self._result(prompts, seconds, clock.seconds(), profile)
+        return self._result(prompts, seconds, clock.seconds(), steps, profile)
 
     def _check(self, prompts, max_new_tokens, seeds) -> None:
         if not 1 <= len(prompts) <= self.batch_size:
@@ -357,12 +368,13 @@ class Decoder:
                 on_tokens(row, text[sent[row] :])
                 sent[row] = len(text)
 
-    def _result(self, prompts, seconds, marked, profile) -> Generation:
+    def _result(self, prompts, seconds, marked, steps, profile) -> Generation:
         state = self._state
         rows = self._rows(prompts)
         new = [row[len(prompt) :] for row, prompt in zip(rows, prompts, strict=True)]
         stats = Stats(
             rounds=int(state.rounds),
+            steps=steps,
             tokens=sum(len(row) for row in new),
             drafted=state.drafted.tolist(),
             examined=state.examined.tolist(),

@@ -1,0 +1,476 @@
+"""The ways to decode that are compared, timed in turns over the same prompts."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import NamedTuple
+
+import torch
+
+from src import samplers
+from src.decoding import spec_length as lengths
+from src.decoding.cache import CachedModel
+from src.decoding.drafts import forced_acceptance
+from src.decoding.generate import draft_maker
+from src.decoding.lossless import first_divergence
+from src.decoding.models import PROMPT_LOOKUP, Pair, logits_processor
+from src.decoding.prompts import Prompt
+from src.decoding.speculative import MODES, Decoder, Distribution, Generation, Stats
+
+# The kernel first: it also draws the draft model's tokens and those of plain decoding.
+SAMPLERS = {"cpu": ("baseline", "vectorized", "cpp"), "cuda": ("baseline", "vectorized", "cuda")}
+_LABELS = {
+    "baseline": "Spec Decode + Baseline (Python loop)",
+    "vectorized": "Spec Decode + PyTorch Vectorized",
+    "cpp": "Spec Decode + C++ Fused Kernel (CPU)",
+    "cuda": "Spec Decode + CUDA Fused Kernel",
+}
+PLAIN = "plain"
+PEER_PLAIN = "transformers"
+PEER_ASSISTED = "transformers-assisted"
+_READS_ON_HOST = ("baseline",)
+_CALIBRATION_LENGTH = 4
+
+
+class Method(NamedTuple):
+    name: str
+    label: str
+    mode: str
+
+    @property
+    def speculative(self) -> bool:
+        return self.name not in (PLAIN, PEER_PLAIN, PEER_ASSISTED)
+
+    @property
+    def peer(self) -> bool:
+        return self.name in (PEER_PLAIN, PEER_ASSISTED)
+
+
+@dataclass
+class Settings:
+    """What a comparison runs. spec_length: draft tokens a round, or "auto"; temperature 0 is
+    greedy; acceptance: forced, for a synthetic pair."""
+
+    spec_length: int | str = 8
+    max_new_tokens: int = 30
+    runs: int = 3
+    batch_size: int = 1
+    temperature: float = 0.0
+    top_k: int = 0
+    top_p: float = 1.0
+    acceptance: float = 0.8
+    modes: Sequence[str] = MODES
+    compiled: bool = False
+    seed: int = 0
+    on_progress: object = field(default=lambda text: None)
+
+
+def methods(device: str, modes: Sequence[str] = MODES) -> list[Method]:
+    """Every method, in table order: each mode's plain decoding, its samplers, then the peers."""
+    found = []
+    for mode in modes:
+        found.append(Method(PLAIN, "No Spec Decode (Standard Autoregressive)", mode))
+        found += [Method(name, _LABELS[name], mode) for name in SAMPLERS[device]]
+        if mode == "eager":
+            found.append(Method(PEER_PLAIN, "transformers generate", mode))
+            found.append(Method(PEER_ASSISTED, "transformers assisted generation", mode))
+    return found
+
+
+class Skipped(Exception):
+    """A method that cannot run here; `command` is what mends it, or None."""
+
+    def __init__(self, reason: str, command: str | None = None):
+        super().__init__(reason)
+        self.command = command
+
+
+class Comparison:
+    """Times every method on a pair over prompts.
+
+    pair: of models.load. Raises ValueError for a prompt set that is empty.
+    """
+
+    def __init__(self, pair: Pair, prompts: Sequence[Prompt], settings: Settings):
+        if not prompts:
+            raise ValueError("no prompts came; wanted at least one")
+        self.pair = pair
+        self.settings = settings
+        self.device = pair.target.device
+        self.batches = _batches(prompts, settings.batch_size)
+        self._ids = {prompt: pair.encode(prompt.text) for prompt in prompts}
+        self._order = {prompt: i for i, prompt in enumerate(self._ids)}
+        longest = max(len(ids) for ids in self._ids.values())
+        self._max_length = longest + settings.max_new_tokens
+        greedy = settings.temperature == 0
+        processor = logits_processor(settings.temperature, settings.top_k, settings.top_p)
+        self.distribution = Distribution(processor, greedy=greedy)
+        self._draw = _first_available(self.device.type)
+        length = settings.spec_length
+        self._longest_draft = lengths.LONGEST if length == "auto" else int(length)
+        self._caches = {}
+        self._decoders = {}
+        self._lengths = {}
+
+    def run(self) -> list[dict]:
+        """Rows of result schema 1, one for each method and category, then one over all."""
+        ready, rows = [], []
+        for method in methods(self.device.type, self.settings.modes):
+            self.settings.on_progress(f"preparing {method.mode} {method.name}")
+            try:
+                for _, batch in self.batches:
+                    self.generate(method, batch)  # builds, captures and warms up
+                ready.append(method)
+            except Skipped as skip:
+                rows.append(self._skipped(method, str(skip), skip.command))
+        timed = {method: {batch: [] for _, batch in self.batches} for method in ready}
+        for run in range(self.settings.runs):
+            for index, (_, batch) in enumerate(self.batches, 1):
+                of = f"run {run + 1}/{self.settings.runs}, prompts {index}/{len(self.batches)}"
+                for method in ready:
+                    self.settings.on_progress(f"{of}: {method.mode} {method.name}")
+                    timed[method][batch].append(self.generate(method, batch, run))
+        for method in ready:
+            rows += self._rows(method, timed[method])
+        order = methods(self.device.type, self.settings.modes)
+        rank = {(method.name, method.mode): i for i, method in enumerate(order)}
+        rows.sort(key=lambda row: rank[row["method"], row["mode"]])
+        _speedups(rows)
+        return rows
+
+    def spec_length(self, method: Method, category: str) -> int:
+        """Draft tokens a round for the method's mode and a category, measured for "auto"."""
+        if not method.speculative:
+            return 0
+        if self.settings.spec_length != "auto":
+            return int(self.settings.spec_length)
+        key = method.mode, category
+        if key not in self._lengths:
+            self._lengths[key] = self._calibrate(method, category)
+        return self._lengths[key]
+
+    def generate(
+        self, method: Method, batch: tuple[Prompt, ...], run: int = 0, profile: bool = False
+    ) -> Generation:
+        """One timed generation. Raises Skipped where the method cannot run here."""
+        ids = [self._ids[prompt] for prompt in batch]
+        if method.peer:
+            return self._by_transformers(method, ids, batch[0].category)
+        length = self.spec_length(method, batch[0].category)
+        decoder = self.decoder(method, length, check=profile and self.distribution.greedy)
+        # A seed for each prompt and run, whatever the batch.
+        first = self.settings.seed + run * len(self._ids)
+        seeds = [first + self._order[prompt] for prompt in batch]
+        return decoder.generate(ids, self.settings.max_new_tokens, seeds=seeds, profile=profile)
+
+    def decoder(self, method: Method, length: int, check: bool = False) -> Decoder:
+        """The method's decoder, kept with its graphs. Raises Skipped where it cannot be built."""
+        # With nothing drafted there is nothing to verify: speculative methods are then plain.
+        name = method.name if length else PLAIN
+        key = name, method.mode, length, check
+        if key not in self._decoders:
+            try:
+                self._decoders[key] = self._build(name, method.mode, length, check)
+            except samplers.SamplerUnavailable as error:
+                raise Skipped(error.reason, error.command) from error
+            except ValueError as error:
+                if method.mode == "graphed" and self.device.type != "cuda":
+                    raise Skipped(str(error)) from error
+                raise
+        return self._decoders[key]
+
+    def _build(self, name: str, mode: str, length: int, check: bool) -> Decoder:
+        sampler = self._draw if name == PLAIN else name
+        sample = samplers.get(sampler).load(self.device.type)
+        if length and self.pair.synthetic:
+            sample = forced_acceptance(sample, self.settings.acceptance)
+        draft = None
+        if length:
+            model = self.pair.draft
+            cached = model if model == PROMPT_LOOKUP else self._cache(model)
+            draft = draft_maker(cached, self._draw, self.device)
+        return Decoder(
+            self._cache(self.pair.target),
+            draft,
+            sample,
+            spec_length=length,
+            max_length=self._max_length,
+            batch_size=self.settings.batch_size,
+            distribution=self.distribution,
+            eos_token_ids=self.pair.eos_token_ids,
+            mode=mode,
+            capturable=sampler not in _READS_ON_HOST,
+            check=check and not self.pair.synthetic,
+        )
+
+    def _cache(self, model) -> CachedModel:
+        """One cache a model for all decoders: they take turns, and compiled code is kept."""
+        if model not in self._caches:
+            size = self.settings.batch_size
+            capacity = self._max_length + self._longest_draft
+            compiled = self.settings.compiled
+            self._caches[model] = CachedModel(model, size, capacity, compiled=compiled)
+        return self._caches[model]
+
+    def _calibrate(self, method: Method, category: str) -> int:
+        """K from acceptance and costs measured on the category's first prompts, with the sampler
+        that draws. The same K then serves every sampler of the mode."""
+        batch = next(batch for name, batch in self.batches if name == category)
+        ids = [self._ids[prompt] for prompt in batch]
+        fast = method._replace(name=self._draw)
+        plain, drafting = self.decoder(fast, 0), self.decoder(fast, _CALIBRATION_LENGTH)
+        new = self.settings.max_new_tokens
+        for decoder in (plain, drafting):
+            decoder.generate(ids, new, seeds=[0] * len(ids), profile=True)
+        base = plain.generate(ids, new, seeds=[1] * len(ids), profile=True)
+        step = sum(base.stats.seconds.values()) / base.stats.steps
+        stats = drafting.generate(ids, new, seeds=[1] * len(ids), profile=True).stats
+        seconds = {name: s / stats.steps / step for name, s in stats.seconds.items()}
+        cost = lengths.Cost(
+            seconds["draft"] / _CALIBRATION_LENGTH, seconds["verify"], seconds["sample"]
+        )
+        return lengths.choose(stats.accepted, stats.rounds, cost)[0]
+
+    def _by_transformers(self, method: Method, ids: list[list[int]], category: str) -> Generation:
+        options = self._peer_options(method, category)
+        if len(ids) > 1:
+            raise Skipped("measured with one prompt at a time (--batch-size 1)")
+        prompt = torch.tensor(ids, device=self.device)
+        _synchronize(self.device)
+        begin = time.perf_counter()
+        output = self.pair.target.generate(
+            prompt, attention_mask=torch.ones_like(prompt), **options
+        )
+        _synchronize(self.device)
+        seconds = time.perf_counter() - begin
+        row = output[0, prompt.shape[1] :].tolist()
+        return Generation([row], seconds, 0.0, Stats(tokens=len(row)))
+
+    def _peer_options(self, method: Method, category: str) -> dict:
+        settings = self.settings
+        eos = self.pair.eos_token_ids
+        options = {
+            "max_new_tokens": settings.max_new_tokens,
+            "eos_token_id": eos or None,
+            "pad_token_id": eos[0] if eos else 0,
+            "do_sample": settings.temperature > 0,
+        }
+        if settings.temperature > 0:
+            options |= {"temperature": settings.temperature, "top_k": settings.top_k}
+            options["top_p"] = settings.top_p
+        if method.name == PEER_PLAIN:
+            return options
+        if self.pair.synthetic:
+            raise Skipped("its acceptance cannot be forced")
+        length = self.spec_length(Method(self._draw, "", method.mode), category)
+        if not length:
+            return options
+        if self.pair.draft == PROMPT_LOOKUP:
+            return options | {"prompt_lookup_num_tokens": length}
+        config = self.pair.draft.generation_config
+        config.num_assistant_tokens = length
+        config.num_assistant_tokens_schedule = "constant"
+        config.assistant_confidence_threshold = 0.0
+        return options | {"assistant_model": self.pair.draft}
+
+    def _rows(self, method: Method, timed: dict) -> list[dict]:
+        rows = []
+        profiled = {}
+        if not method.peer:
+            for _, batch in self.batches:
+                self.settings.on_progress(f"profiling {method.mode} {method.name}")
+                self.generate(method, batch, profile=True)
+                profiled[batch] = self.generate(method, batch, profile=True)
+        categories = list(dict.fromkeys(category for category, _ in self.batches))
+        for category in [*categories, "all"] if len(categories) > 1 else categories:
+            chosen = [batch for name, batch in self.batches if category in (name, "all")]
+            rows.append(self._row(method, category, chosen, timed, profiled))
+        return rows
+
+    def _row(self, method: Method, category: str, batches, timed, profiled) -> dict:
+        runs = [g for batch in batches for g in timed[batch]]
+        seconds = sum(g.seconds for g in runs)
+        tokens = sum(g.stats.tokens for g in runs)
+        row = self._identity(method, category)
+        row |= {
+            "status": "ok",
+            "seconds": seconds / len(runs),
+            "seconds_by_run": [
+                sum(timed[batch][i].seconds for batch in batches) / len(batches)
+                for i in range(self.settings.runs)
+            ],
+            "tokens": tokens / len(runs),
+            "tokens_per_s": tokens / seconds,
+        }
+        if method.peer:
+            return row
+        lengths_used = {self.spec_length(method, batch[0].category) for batch in batches}
+        row["spec_length"] = lengths_used.pop() if len(lengths_used) == 1 else "auto"
+        row["prefill_s"] = sum(g.prefill_seconds for g in runs) / len(runs)
+        total = _summed(g.stats for g in runs)
+        row["rounds"] = total.rounds / len(runs)
+        row["steps"] = total.steps / len(runs)
+        if method.speculative and row["spec_length"] != 0:
+            row["acceptance_rate"] = total.acceptance
+            row["mean_accepted_length"] = total.mean_accepted_length
+            row["acceptance_by_position"] = total.acceptance_by_position
+        profile = [profiled[batch] for batch in batches]
+        for phase in ("draft", "verify", "sample"):
+            row[f"{phase}_s"] = sum(g.stats.seconds[phase] for g in profile) / len(profile)
+        row["profiled_steps"] = sum(g.stats.steps for g in profile) / len(profile)
+        wrong = sum(g.stats.not_argmax for g in profile)
+        if wrong:
+            row |= {"status": "failed", "reason": f"{wrong} greedy tokens are not the argmax"}
+        return row
+
+    def _identity(self, method: Method, category: str) -> dict:
+        settings = self.settings
+        return {
+            "method": method.name,
+            "label": method.label,
+            "mode": method.mode,
+            "prompt_category": category,
+            "status": None,
+            "reason": None,
+            "command": None,
+            "batch_size": settings.batch_size,
+            "spec_length": settings.spec_length if method.speculative else 0,
+            "max_new_tokens": settings.max_new_tokens,
+            "temperature": settings.temperature,
+            "top_k": settings.top_k,
+            "top_p": settings.top_p,
+            "pair": self.pair.name,
+            "synthetic": self.pair.synthetic,
+            "forced_acceptance": settings.acceptance if self.pair.synthetic else None,
+            "compiled": settings.compiled and not method.peer,
+            "seconds": None,
+            "tokens": None,
+            "tokens_per_s": None,
+            "rounds": None,
+            "mean_accepted_length": None,
+            "acceptance_rate": None,
+            "acceptance_by_position": None,
+            "draft_s": None,
+            "verify_s": None,
+            "sample_s": None,
+            "speedup": None,
+            "speedup_vs": None,
+        }
+
+    def _skipped(self, method: Method, reason: str, command: str | None) -> dict:
+        row = self._identity(method, "all")
+        return row | {"status": "skipped", "reason": reason, "command": command}
+
+    def stream(self, write) -> None:
+        """Decodes the first prompt by plain and by speculative decoding, calling write(text) for
+        each as the tokens come, and saying what was accepted."""
+        _, batch = self.batches[0]
+        ids = [self._ids[batch[0]]]
+        for name in (PLAIN, self._draw):
+            method = Method(name, _LABELS.get(name, "plain decoding"), self.settings.modes[0])
+            decoder = self.decoder(method, self.spec_length(method, batch[0].category))
+            seen: list[int] = []
+
+            def show(row: int, tokens: list[int], seen=seen) -> None:
+                before = self.pair.decode(seen) if seen else ""
+                seen += tokens
+                write(self.pair.decode(seen)[len(before) :], end="", flush=True)
+
+            write(f"\n{method.label}:")
+            result = decoder.generate(
+                ids, self.settings.max_new_tokens, seeds=[self.settings.seed], on_tokens=show
+            )
+            per_round = result.stats.tokens / result.stats.steps
+            write(f"\n({result.stats.tokens} tokens, {per_round:.2f} a round)")
+
+    def check_lossless(self) -> list[dict]:
+        """Each speculative method against its mode's plain decoding, over the first batch of every
+        category: emitted tokens that are not the argmax of the logits that verified them (must be
+        0), rows equal to plain decoding, and where the first unequal one parts, with its margin.
+
+        Raises ValueError at a temperature above 0, and for a synthetic pair.
+        """
+        if not self.distribution.greedy or self.pair.synthetic:
+            raise ValueError("--check-lossless wants --temperature 0 and real weights")
+        report = []
+        firsts = {category: batch for category, batch in reversed(self.batches)}.values()
+        for method in methods(self.device.type, self.settings.modes):
+            if not method.speculative:
+                continue
+            plain = Method(PLAIN, "", method.mode)
+            entry = {"method": method.name, "label": method.label, "mode": method.mode}
+            entry |= {"rows": 0, "equal": 0, "tokens": 0, "not_argmax": 0, "divergences": []}
+            try:
+                for batch in firsts:
+                    got = self.generate(method, batch, profile=True)
+                    wanted = self.generate(plain, batch, profile=True).token_ids
+                    entry["tokens"] += got.stats.tokens
+                    entry["not_argmax"] += got.stats.not_argmax
+                    for prompt, row, other in zip(batch, got.token_ids, wanted, strict=True):
+                        entry["rows"] += 1
+                        entry["equal"] += row == other
+                        parted = first_divergence(self.pair.target, self._ids[prompt], row, other)
+                        if parted:
+                            entry["divergences"].append(parted._asdict())
+            except Skipped as skip:
+                entry["skipped"] = str(skip)
+            report.append(entry)
+        return report
+
+
+def _batches(prompts: Sequence[Prompt], size: int) -> list[tuple[str, tuple[Prompt, ...]]]:
+    """(category, prompts) of at most `size` prompts of one category each."""
+    by_category = {}
+    for prompt in prompts:
+        by_category.setdefault(prompt.category, []).append(prompt)
+    return [
+        (category, tuple(members[i : i + size]))
+        for category, members in by_category.items()
+        for i in range(0, len(members), size)
+    ]
+
+
+def _first_available(device: str) -> str:
+    for name in reversed(SAMPLERS[device]):
+        try:
+            samplers.get(name).load(device)
+        except samplers.SamplerUnavailable:
+            continue
+        return name
+    raise AssertionError("vectorized runs everywhere")
+
+
+def _summed(stats) -> Stats:
+    """Counts added up, for generations whose spec lengths may differ."""
+    total = Stats()
+    for one in stats:
+        total.rounds += one.rounds
+        total.steps += one.steps
+        total.tokens += one.tokens
+        for name in ("drafted", "examined", "accepted"):
+            mine, theirs = getattr(total, name), getattr(one, name)
+            mine += [0] * (len(theirs) - len(mine))
+            for i, count in enumerate(theirs):
+                mine[i] += count
+    return total
+
+
+def _speedups(rows: list[dict]) -> None:
+    plain = {
+        (row["mode"], row["prompt_category"]): row
+        for row in rows
+        if row["method"] == PLAIN and row["status"] == "ok"
+    }
+    for row in rows:
+        reference = plain.get((row["mode"], row["prompt_category"]))
+        if row["status"] == "ok" and reference:
+            # By tokens a second: rows that end at an EOS need not emit as many as plain decoding.
+            row["speedup"] = row["tokens_per_s"] / reference["tokens_per_s"]
+            row["speedup_vs"] = f"{reference['method']} {row['mode']}"
+
+
+def _synchronize(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)

@@ -1,0 +1,59 @@
+"""How many tokens to draft: what a round yields against what it costs, from measured figures.
+
+Costs are in plain decoding steps: c a draft step, v a verify forward, o everything else in a round.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+# The longest draft that `choose` considers.
+LONGEST = 16
+
+
+class Cost(NamedTuple):
+    """c, v, o as above."""
+
+    draft: float
+    verify: float
+    other: float
+
+
+def survival(accepted: Sequence[int], rounds: int, length: int) -> list[float]:
+    """The share of rounds whose first 1, 2, … `length` draft tokens were all accepted.
+
+    accepted: rounds in which that held, for each position measured. Further positions follow by
+    the mean acceptance of the measured ones.
+    """
+    if not rounds:
+        return [0.0] * length
+    shares = [count / rounds for count in accepted[:length]]
+    examined = rounds + sum(accepted[:-1])
+    ratio = sum(accepted) / examined if accepted else 0.0
+    while len(shares) < length:
+        shares.append((shares[-1] if shares else 1.0) * ratio)
+    return shares
+
+
+def expected_speedup(shares: Sequence[float], cost: Cost) -> float:
+    """S(K) = E(K) / (K c + v + o) for K = len(shares), E(K) being 1 + the sum of the shares.
+
+    Source: Leviathan et al. 2023, arXiv:2211.17192, theorem 3.8, with measured acceptance.
+    """
+    return (1 + sum(shares)) / (len(shares) * cost.draft + cost.verify + cost.other)
+
+
+def choose(
+    accepted: Sequence[int],
+    rounds: int,
+    cost: Cost,
+    *,
+    longest: int = LONGEST,
+    margin: float = 1.02,
+) -> tuple[int, float]:
+    """(K, S(K)) of the K in 1..longest with the largest expected speedup; (0, 1.0), plain decoding,
+    where none reaches `margin`."""
+    shares = survival(accepted, rounds, longest)
+    speedup, length = max((expected_speedup(shares[:k], cost), -k) for k in range(1, longest + 1))
+    return (-length, speedup) if speedup >= margin else (0, 1.0)

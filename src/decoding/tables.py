@@ -1,0 +1,158 @@
+"""Tables and findings from the rows of a comparison (src/decoding/methods.py)."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+_BLOCKS = {
+    "eager": "Eager: one kernel launch after another, as model.generate pays for them",
+    "graphed": "Graphed: static cache, rounds captured in CUDA graphs",
+}
+
+
+def tables(rows: Sequence[dict]) -> str:
+    """A Markdown block for each mode, then acceptance and spec length by category."""
+    blocks = []
+    for mode, title in _BLOCKS.items():
+        of_mode = [row for row in overall(rows) if row["mode"] == mode]
+        if of_mode:
+            blocks.append(f"### {title}\n\n{_block(of_mode)}")
+    by_category = _by_category(rows)
+    return "\n\n".join(blocks + ([f"### By category\n\n{by_category}"] if by_category else []))
+
+
+def overall(rows: Sequence[dict]) -> list[dict]:
+    """One row a method and mode: over all prompts."""
+    whole = {}
+    for row in rows:  # "all" comes last, and is missing where there is one category
+        whole[row["mode"], row["method"]] = row
+    return list(whole.values())
+
+
+def _block(rows: Sequence[dict]) -> str:
+    reasons = {row["reason"] for row in rows}
+    if all(row["status"] == "skipped" for row in rows) and len(reasons) == 1:
+        return f"Skipped: {reasons.pop()}"
+    header = ["Method", "Avg Time (s)", "Speedup", "Tokens/s", "K", "Acceptance", "Tokens/round"]
+    header += ["Draft (ms)", "Verify (ms)", "Sample (ms)"]
+    body, notes = [], []
+    for number, row in enumerate(rows, 1):
+        label = f"{number}. {row['label']}"
+        if row["status"] != "ok":
+            mend = f"; run: {row['command']}" if row["command"] else ""
+            notes.append(f"{label}: {row['status']}: {row['reason']}{mend}")
+            body.append([label, row["status"], *["-"] * (len(header) - 2)])
+            continue
+        body.append(
+            [
+                label,
+                _number(row["seconds"], "{:.3f}"),
+                _number(row["speedup"], "{:.2f}x"),
+                _number(row["tokens_per_s"], "{:.1f}"),
+                str(row["spec_length"] or "-"),
+                _number(row["acceptance_rate"], "{:.2f}"),
+                _number(row["mean_accepted_length"], "{:.2f}"),
+                *(_round_ms(row, phase) for phase in ("draft", "verify", "sample")),
+            ]
+        )
+    return "\n".join([markdown(header, body), *[f"\n- {note}" for note in notes]])
+
+
+def _round_ms(row: dict, phase: str) -> str:
+    seconds, steps = row[f"{phase}_s"], row.get("profiled_steps")
+    return "-" if seconds is None or not steps else f"{1e3 * seconds / steps:.2f}"
+
+
+def _by_category(rows: Sequence[dict]) -> str:
+    """The fastest speculative method of the last mode that ran, category by category."""
+    ran = [row for row in rows if row["status"] == "ok" and row["acceptance_by_position"]]
+    ran = [row for row in ran if row["prompt_category"] != "all"] or ran
+    if not ran:
+        return ""
+    mode = ran[-1]["mode"]
+    best = max((row for row in ran if row["mode"] == mode), key=lambda row: row["tokens_per_s"])
+    header = ["Category", "K", "Acceptance", "by position", "Tokens/round", "Tokens/s", "Speedup"]
+    body = [
+        [
+            row["prompt_category"],
+            str(row["spec_length"]),
+            f"{row['acceptance_rate']:.2f}",
+            " ".join(f"{share:.2f}" for share in row["acceptance_by_position"]),
+            f"{row['mean_accepted_length']:.2f}",
+            f"{row['tokens_per_s']:.1f}",
+            _number(row["speedup"], "{:.2f}x"),
+        ]
+        for row in ran
+        if (row["mode"], row["method"]) == (mode, best["method"])
+    ]
+    return f"{best['label']}, {mode}:\n\n{markdown(header, body)}"
+
+
+def insights(rows: Sequence[dict]) -> list[str]:
+    """What this run says, in sentences; nothing where nothing was measured."""
+    found = []
+    ok = {(row["mode"], row["method"]): row for row in overall(rows) if row["status"] == "ok"}
+    for mode in _BLOCKS:
+        plain = ok.get((mode, "plain"))
+        rated = [
+            row for (m, _), row in ok.items() if m == mode and row["acceptance_rate"] is not None
+        ]
+        if not plain or not rated:
+            continue
+        best = max(rated, key=lambda row: row["tokens_per_s"])
+        verb = "gains over" if best["speedup"] > 1 else "does not pay against"
+        found.append(
+            f"{mode}: {best['label']} {verb} plain decoding: {best['speedup']:.2f}x at acceptance "
+            f"{best['acceptance_rate']:.2f}, {best['mean_accepted_length']:.2f} tokens a round."
+        )
+        spent = {phase: best[f"{phase}_s"] for phase in ("draft", "verify", "sample")}
+        total = sum(spent.values())
+        shares = ", ".join(f"{phase} {100 * s / total:.1f} %" for phase, s in spent.items())
+        found.append(f"{mode}: where a round of it goes: {shares}.")
+        peer = ok.get((mode, "transformers-assisted"))
+        if peer:
+            ratio = best["tokens_per_s"] / peer["tokens_per_s"]
+            found.append(f"{mode}: {ratio:.2f} times the tokens/s of assisted generation.")
+    if ("eager", "plain") in ok and ("graphed", "plain") in ok:
+        ratio = ok["graphed", "plain"]["tokens_per_s"] / ok["eager", "plain"]["tokens_per_s"]
+        found.append(f"CUDA graphs alone make plain decoding {ratio:.2f} times as fast.")
+    return found
+
+
+def lossless(report: Sequence[dict]) -> str:
+    """The table of Comparison.check_lossless."""
+    header = [
+        "Method",
+        "Mode",
+        "Rows",
+        "Equal to plain",
+        "Tokens",
+        "Not argmax",
+        "First divergence",
+    ]
+    body = []
+    for entry in report:
+        if "skipped" in entry:
+            body.append([entry["label"], entry["mode"], "skipped", *["-"] * 4])
+            continue
+        parted = min(entry["divergences"], key=lambda d: d["position"], default=None)
+        where = (
+            f"token {parted['position']}, top-2 margin {parted['margin']:.4f}" if parted else "-"
+        )
+        counts = [str(entry[key]) for key in ("rows", "equal", "tokens", "not_argmax")]
+        body.append([entry["label"], entry["mode"], *counts, where])
+    return markdown(header, body)
+
+
+def markdown(header: Sequence[str], body: Sequence[Sequence[str]]) -> str:
+    """A Markdown table, padded to be read as it is."""
+    widths = [max(map(len, column)) for column in zip(header, *body, strict=True)]
+    lines = [header, ["-" * width for width in widths], *body]
+    return "\n".join(
+        "| " + " | ".join(cell.ljust(w) for cell, w in zip(line, widths, strict=True)) + " |"
+        for line in lines
+    )
+
+
+def _number(value, form: str) -> str:
+    return "-" if value is None else form.format(value)

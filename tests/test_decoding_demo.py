@@ -1,0 +1,163 @@
+"""The demo, from its options to its files, on models that any machine runs."""
+
+import json
+
+import pytest
+import torch
+from transformers import PreTrainedTokenizerFast
+
+import demo_with_real_llm as demo
+from src.decoding import models, tables
+from src.decoding.methods import Comparison, Method, Settings
+from src.decoding.prompts import Prompt
+from tests.tiny import llama, relative
+
+PROMPTS = [Prompt(1, "code", "a b a b a"), Prompt(2, "math", "b a a"), Prompt(3, "math", "a")]
+
+
+class _Tokenizer:
+    """Two words and an end, all that a tiny model with random weights needs."""
+
+    chat_template = None
+    eos_token_id = 60
+
+    def encode(self, text):
+        return [1 + (word == "b") for word in text.split()]
+
+    def decode(self, ids, skip_special_tokens=True):
+        return " ".join(map(str, ids))
+
+
+def comparison(draft=None, **settings):
+    draft = relative(0) if draft is None else draft
+    pair = models.Pair("tiny", llama(0), draft, _Tokenizer(), "tiny")
+    settings = {"spec_length": 3, "max_new_tokens": 8, "runs": 1, "modes": ["eager"], **settings}
+    return Comparison(pair, PROMPTS, Settings(**settings))
+
+
+@pytest.mark.parametrize("temperature", [0.0, 0.9])
+def test_every_method_has_a_row_for_each_category_and_one_over_all(temperature):
+    rows = comparison(temperature=temperature, top_p=0.95).run()
+    assert [row["prompt_category"] for row in rows[:3]] == ["code", "math", "all"]
+    ok = {row["method"] for row in rows if row["status"] == "ok"}
+    assert {"plain", "baseline", "vectorized", "transformers", "transformers-assisted"} <= ok
+    for row in rows:
+        if row["status"] == "ok":
+            assert row["tokens_per_s"] == pytest.approx(row["tokens"] / row["seconds"])
+            assert row["speedup_vs"] == "plain eager"
+    fast = next(row for row in rows if row["method"] == "vectorized")
+    assert len(fast["acceptance_by_position"]) == 3 and fast["mean_accepted_length"] > 1
+    assert "1. No Spec Decode" in tables.tables(rows) and tables.insights(rows)
+
+
+def test_graphed_methods_on_a_cpu_are_skipped_with_their_reason():
+    rows = comparison(modes=["graphed"]).run()
+    assert {row["status"] for row in rows} == {"skipped"}
+    assert "Skipped: graphed mode wants a CUDA device" in tables.tables(rows)
+
+
+def test_a_wrong_sampler_has_a_failed_row_and_no_speedup(monkeypatch):
+    def always(draft_token_ids, draft_probs, target_probs, **random):
+        from src.compiled.rejection_sampler import rejection_sample
+
+        output = rejection_sample(draft_token_ids, draft_probs, target_probs, **random)
+        if draft_token_ids.shape[1] == 0:
+            return output
+        return output._replace(token_ids=(output.token_ids + 1) % 60)
+
+    from src import baseline
+
+    monkeypatch.setattr(baseline.rejection_sampler, "rejection_sample", always)
+    row = next(row for row in comparison().run() if row["method"] == "baseline")
+    assert row["status"] == "failed" and row["speedup"] is None
+    assert "greedy tokens are not the argmax" in row["reason"]
+
+
+def test_batches_are_of_one_category_and_the_peer_says_that_it_takes_one_prompt():
+    compared = comparison(batch_size=2)
+    assert [len(batch) for _, batch in compared.batches] == [1, 2]
+    rows = compared.run()
+    assisted = next(row for row in rows if row["method"] == "transformers-assisted")
+    assert "--batch-size 1" in assisted["reason"]
+    assert sum(row["tokens"] for row in rows if row["method"] == "plain") > 0
+
+
+def test_auto_measures_the_spec_length_and_falls_back_to_plain(monkeypatch):
+    compared = comparison(spec_length="auto")
+    fast = Method("vectorized", "", "eager")
+    monkeypatch.setattr("src.decoding.spec_length.choose", lambda *args: (2, 1.5))
+    assert compared.spec_length(fast, "code") == 2
+    monkeypatch.setattr("src.decoding.spec_length.choose", lambda *args: (0, 1.0))
+    assert compared.spec_length(fast, "math") == 0
+    generated = compared.generate(fast, compared.batches[1][1])
+    assert generated.stats.drafted == [], "nothing is drafted where nothing pays"
+
+
+def test_greedy_text_is_reported_equal_to_plain_decoding():
+    report = comparison(batch_size=2).check_lossless()
+    ran = [entry for entry in report if "skipped" not in entry]
+    assert ran and all(entry["equal"] == entry["rows"] == 3 for entry in ran)
+    assert all(entry["not_argmax"] == 0 and not entry["divergences"] for entry in ran)
+    assert "Equal to plain" in tables.lossless(report)
+
+
+def test_the_stream_shows_the_whole_text():
+    shown = []
+    comparison().stream(lambda text, **options: shown.append(text))
+    assert "plain decoding" in shown[0] and any("a round)" in text for text in shown)
+
+
+@pytest.mark.parametrize("draft", ["synthetic:tiny", "prompt-lookup"])
+def test_the_script_writes_its_results(draft, tmp_path, capsys):
+    arguments = ["--smoke", "--device", "cpu", "--output", str(tmp_path), "--spec-length", "4"]
+    if draft == "prompt-lookup":
+        llama(0).save_pretrained(tmp_path / "target")
+        _saved_tokenizer().save_pretrained(tmp_path / "target")
+        arguments += ["--target", str(tmp_path / "target"), "--check-lossless", "--stream"]
+    else:
+        arguments += ["--pair", draft]
+    assert demo.main(arguments) == 0
+    (path,) = tmp_path.glob("*/demo_with_real_llm-smoke.json")
+    result = json.loads(path.read_text())
+    assert result["schema"] == 1 and result["script"] == "demo_with_real_llm"
+    assert {row["synthetic"] for row in result["rows"]} == {draft != "prompt-lookup"}
+    assert path.with_suffix(".png").exists()
+    assert "Method" in path.with_suffix(".md").read_text()
+    assert "Key Insights" in capsys.readouterr().out
+
+
+def _saved_tokenizer():
+    from tokenizers import Tokenizer, pre_tokenizers
+    from tokenizers.models import WordLevel
+
+    tokenizer = Tokenizer(WordLevel({"a": 1, "the": 2, "[UNK]": 3}, unk_token="[UNK]"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer)
+
+
+def test_a_missing_model_is_one_message_and_status_2(monkeypatch, capsys):
+    def unavailable(*args, **options):
+        raise models.ModelUnavailable("X is gated", ["hf auth login", "hf download X"])
+
+    monkeypatch.setattr(models, "load", unavailable)
+    assert demo.main(["--pair", "llama", "--device", "cpu"]) == 2
+    assert capsys.readouterr().err == "X is gated\n  hf auth login\n  hf download X\n"
+
+
+@pytest.mark.parametrize(
+    "arguments, message",
+    [
+        (["--pair", "gpt"], "pair 'gpt' is not known"),
+        (["--pair", "synthetic:tiny", "--category", "poems"], "category 'poems' is not in"),
+    ],
+)
+def test_a_bad_option_is_named(arguments, message, capsys):
+    with pytest.raises(SystemExit):
+        demo.main([*arguments, "--device", "cpu"])
+    assert message in capsys.readouterr().err
+
+
+def test_sampling_settings_reach_both_distributions():
+    compared = comparison(temperature=0.5, top_k=3)
+    probs = compared.distribution(torch.randn(1, 2, 61))
+    assert (probs > 0).sum(-1).tolist() == [[3, 3]]
