@@ -247,7 +247,8 @@ def test_peers_are_rows_of_the_same_run_and_missing_ones_say_what_to_install(
     argv = [*SMOKE, "--samplers", "baseline", "--peers", "--output", str(tmp_path)]
     assert test_batch_sizes.main(argv) == 0
     out = capsys.readouterr().out
-    assert "Ours again" in out
+    assert "Checked for validity and distribution: Ours again\n" in out
+    assert "on the timed inputs: Baseline (Python loop)\n" in out
     assert "Other skipped: no package 'other'; run: pip install other==1.0" in out
     rows = results.load(next(tmp_path.glob("*/*.json")))["rows"]
     by_name = {row["sampler"]: row for row in rows}

@@ -218,9 +218,15 @@ def finish(args, result: dict, plot: Callable[[dict, Path], None] | None = None)
     results.write_atomically(args.path.with_suffix(".md"), report.document(result))
     if plot:
         plot(result, args.path.with_suffix(".png"))
-    checked = [row["label"] for row in result["rows"] if row["status"] == "ok"]
-    unique = ", ".join(dict.fromkeys(checked)) or "none"
-    say(args, f"Checked against the float64 oracle on the timed inputs: {unique}\n")
+    checked: dict[bool, dict] = {True: {}, False: {}}
+    for row in result["rows"]:
+        if row["status"] == "ok":
+            checked[row["exact"]][row["label"]] = None
+    exactly = ", ".join(checked[True]) or "none"
+    say(args, f"Checked against the float64 oracle on the timed inputs: {exactly}")
+    if checked[False]:
+        say(args, f"Checked for validity and distribution: {', '.join(checked[False])}")
+    say(args, "")
     say(args, report.table(result))
     if args.old:
         say(args, "\n".join(["", f"Against {args.compare}:", *compare.lines(args.old, result)]))

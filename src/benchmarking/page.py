@@ -38,7 +38,7 @@ _TITLES = {
     "tokens_per_step": "Tokens a step",
 }
 # They stand in the notes, in tables of their own, or in the raw file only.
-_ELSEWHERE = {"sampler", "reason", "command", "warning", "copies", "bytes_without"}
+_ELSEWHERE = {"sampler", "reason", "command", "warning", "copies", "exact", "bytes_without"}
 _INTRODUCTION = """Medians; a figure's p10, p90 and count show when the pointer rests on it.
 Latency is the host's clock from the call to the synchronised result, GPU time a call's share of a
 CUDA graph over inputs that do not fit the L2 cache, the floor a kernel that only reads the rows

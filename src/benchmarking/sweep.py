@@ -322,6 +322,7 @@ def empty_row(workload: Workload, entrant: Contestant) -> dict:
         "reason": entrant.reason,
         "command": entrant.command,
         "warning": None,
+        "exact": entrant.exact,
         "gpu_us": None,
         "latency_us": None,
         "host_us": None,
