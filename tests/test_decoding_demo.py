@@ -148,6 +148,9 @@ def test_a_missing_model_is_one_message_and_status_2(monkeypatch, capsys):
     "arguments, message",
     [
         (["--pair", "gpt"], "pair 'gpt' is not known"),
+        (["--draft", "x"], "--draft came without --target"),
+        (["--spec-length", "0"], "--spec-length: wanted an integer of at least 1, got '0'"),
+        (["--pair", "synthetic:tiny", "--modes", "fast"], "mode 'fast' is not known; wanted eager"),
         (["--pair", "synthetic:tiny", "--category", "poems"], "category 'poems' is not in"),
     ],
 )

@@ -1,6 +1,7 @@
 """At temperature > 0 the tokens of many runs follow the target's own distribution, exactly known
 for a tiny model; a planted fault does not pass."""
 
+import copy
 import functools
 
 import pytest
@@ -119,6 +120,21 @@ def test_greedy_tokens_are_the_argmax_of_the_logits_that_verified_them():
 
     assert decode(VECTORIZED) == 0
     assert decode(off_by_one) == 24
+
+
+def test_bfloat16_tokens_are_the_argmax_of_their_own_logits_too():
+    target, draft = (copy.deepcopy(m).bfloat16() for m in (llama(0), relative(0)))
+    decoder = Decoder(
+        target,
+        drafting(draft, VECTORIZED),
+        VECTORIZED,
+        spec_length=3,
+        max_length=40,
+        batch_size=2,
+        check=True,
+    )
+    stats = decoder.generate([[5, 6, 7], [1, 2]], 24).stats
+    assert stats.tokens == 48 and stats.not_argmax == 0
 
 
 def test_a_divergence_is_reported_with_its_margin():

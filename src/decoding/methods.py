@@ -96,6 +96,9 @@ class Comparison:
     def __init__(self, pair: Pair, prompts: Sequence[Prompt], settings: Settings):
         if not prompts:
             raise ValueError("no prompts came; wanted at least one")
+        for mode in settings.modes:
+            if mode not in MODES:
+                raise ValueError(f"mode {mode!r} is not known; wanted {' or '.join(MODES)}")
         self.pair = pair
         self.settings = settings
         self.device = pair.target.device
@@ -152,18 +155,24 @@ class Comparison:
         return self._lengths[key]
 
     def generate(
-        self, method: Method, batch: tuple[Prompt, ...], run: int = 0, profile: bool = False
+        self, method: Method, batch: tuple[Prompt, ...], run: int = 0, check: bool = False
     ) -> Generation:
-        """One timed generation. Raises Skipped where the method cannot run here."""
+        """One generation. check: not for timing: with phases, in graphed mode too, and with greedy
+        tokens checked. Raises Skipped where the method cannot run here."""
         ids = [self._ids[prompt] for prompt in batch]
         if method.peer:
             return self._by_transformers(method, ids, batch[0].category)
         length = self.spec_length(method, batch[0].category)
-        decoder = self.decoder(method, length, check=profile and self.distribution.greedy)
+        decoder = self.decoder(method, length, check=check and self.distribution.greedy)
         # A seed for each prompt and run, whatever the batch.
         first = self.settings.seed + run * len(self._ids)
         seeds = [first + self._order[prompt] for prompt in batch]
-        return decoder.generate(ids, self.settings.max_new_tokens, seeds=seeds, profile=profile)
+        return decoder.generate(
+            ids,
+            self.settings.max_new_tokens,
+            seeds=seeds,
+            profile=check or method.mode == "eager",
+        )
 
     def decoder(self, method: Method, length: int, check: bool = False) -> Decoder:
         """The method's decoder, kept with its graphs. Raises Skipped where it cannot be built."""
@@ -228,8 +237,11 @@ class Comparison:
         step = sum(base.stats.seconds.values()) / base.stats.steps
         stats = drafting.generate(ids, new, seeds=[1] * len(ids), profile=True).stats
         seconds = {name: s / stats.steps / step for name, s in stats.seconds.items()}
+        # A longer verify forward costs more, on a CPU in proportion: that is a cost of each token.
+        verify = min(base.stats.seconds["verify"] / base.stats.steps / step, seconds["verify"])
+        longer = seconds["verify"] - verify
         cost = lengths.Cost(
-            seconds["draft"] / _CALIBRATION_LENGTH, seconds["verify"], seconds["sample"]
+            (seconds["draft"] + longer) / _CALIBRATION_LENGTH, verify, seconds["sample"]
         )
         return lengths.choose(stats.accepted, stats.rounds, cost)[0]
 
@@ -277,19 +289,18 @@ class Comparison:
 
     def _rows(self, method: Method, timed: dict) -> list[dict]:
         rows = []
-        profiled = {}
-        if not method.peer:
+        checked = {}
+        if not method.peer and (self.distribution.greedy or method.mode == "graphed"):
             for _, batch in self.batches:
-                self.settings.on_progress(f"profiling {method.mode} {method.name}")
-                self.generate(method, batch, profile=True)
-                profiled[batch] = self.generate(method, batch, profile=True)
+                self.settings.on_progress(f"checking {method.mode} {method.name}")
+                checked[batch] = self.generate(method, batch, check=True)
         categories = list(dict.fromkeys(category for category, _ in self.batches))
         for category in [*categories, "all"] if len(categories) > 1 else categories:
             chosen = [batch for name, batch in self.batches if category in (name, "all")]
-            rows.append(self._row(method, category, chosen, timed, profiled))
+            rows.append(self._row(method, category, chosen, timed, checked))
         return rows
 
-    def _row(self, method: Method, category: str, batches, timed, profiled) -> dict:
+    def _row(self, method: Method, category: str, batches, timed, checked) -> dict:
         runs = [g for batch in batches for g in timed[batch]]
         seconds = sum(g.seconds for g in runs)
         tokens = sum(g.stats.tokens for g in runs)
@@ -316,11 +327,13 @@ class Comparison:
             row["acceptance_rate"] = total.acceptance
             row["mean_accepted_length"] = total.mean_accepted_length
             row["acceptance_by_position"] = total.acceptance_by_position
-        profile = [profiled[batch] for batch in batches]
+        # Marks between phases cost an eager round nothing; a graphed one is split for them.
+        check = [checked[batch] for batch in batches if batch in checked]
+        profile = check if method.mode == "graphed" else runs
         for phase in ("draft", "verify", "sample"):
             row[f"{phase}_s"] = sum(g.stats.seconds[phase] for g in profile) / len(profile)
         row["profiled_steps"] = sum(g.stats.steps for g in profile) / len(profile)
-        wrong = sum(g.stats.not_argmax for g in profile)
+        wrong = sum(g.stats.not_argmax for g in check)
         if wrong:
             row |= {"status": "failed", "reason": f"{wrong} greedy tokens are not the argmax"}
         return row
@@ -404,8 +417,8 @@ class Comparison:
             entry |= {"rows": 0, "equal": 0, "tokens": 0, "not_argmax": 0, "divergences": []}
             try:
                 for batch in firsts:
-                    got = self.generate(method, batch, profile=True)
-                    wanted = self.generate(plain, batch, profile=True).token_ids
+                    got = self.generate(method, batch, check=True)
+                    wanted = self.generate(plain, batch).token_ids
                     entry["tokens"] += got.stats.tokens
                     entry["not_argmax"] += got.stats.not_argmax
                     for prompt, row, other in zip(batch, got.token_ids, wanted, strict=True):

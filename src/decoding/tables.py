@@ -88,8 +88,15 @@ def _by_category(rows: Sequence[dict]) -> str:
     return f"{best['label']}, {mode}:\n\n{markdown(header, body)}"
 
 
-def insights(rows: Sequence[dict]) -> list[str]:
-    """What this run says, in sentences; nothing where nothing was measured."""
+def insights(rows: Sequence[dict]) -> str:
+    """Key Insights: what this run says, in sentences computed from its rows."""
+    found = _findings(rows) or ["Nothing was measured that could be compared."]
+    if any(row["synthetic"] for row in rows):
+        found.append("Random weights: the timings are real, the text and the acceptance are not.")
+    return "\n".join(["### Key Insights\n", *(f"- {sentence}" for sentence in found)])
+
+
+def _findings(rows: Sequence[dict]) -> list[str]:
     found = []
     ok = {(row["mode"], row["method"]): row for row in overall(rows) if row["status"] == "ok"}
     for mode in _BLOCKS:
@@ -141,7 +148,7 @@ def lossless(report: Sequence[dict]) -> str:
         )
         counts = [str(entry[key]) for key in ("rows", "equal", "tokens", "not_argmax")]
         body.append([entry["label"], entry["mode"], *counts, where])
-    return markdown(header, body)
+    return f"### Losslessness\n\n{markdown(header, body)}"
 
 
 def markdown(header: Sequence[str], body: Sequence[Sequence[str]]) -> str:
