@@ -96,7 +96,7 @@ MUTANTS = [
     Mutant(
         "recovers from p instead of the residual",
         HEADER,
-        "row.q = q + k * params->draft_position_stride;",
+        "row.q = this->draft_row(k);",
         "row.q = nullptr;",
     ),
     Mutant(
@@ -108,8 +108,8 @@ MUTANTS = [
     Mutant(
         "the flattened layout recovers from the bonus row",
         HEADER,
-        "if (bonus && k == drafts) row.p = bonus;",
-        "if (bonus) row.p = bonus;",
+        "return bonus && k == drafts ? bonus :",
+        "return bonus ? bonus :",
     ),
     Mutant(
         "flattened ends are not held inside the drafts",

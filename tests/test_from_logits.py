@@ -95,6 +95,17 @@ def test_equal_logits_are_always_accepted(name, device):
 
 
 @on_every_device
+def test_a_draft_that_q_filters_out_is_accepted_and_uses_up_its_uniform(name, device):
+    case = make_logits_case(64, 4, 200)
+    rows = torch.arange(64)
+    first = case["draft_token_ids"][:, 0]
+    case["draft_logits"][rows, 0, first] = -20.0
+    case["target_logits"][rows, 0, first] = 20.0
+    output = check(name, device, case, min_p=torch.full((64,), 0.05))
+    assert output.num_accepted.min() >= 1 and output.num_accepted.float().mean() < 4
+
+
+@on_every_device
 def test_greedy_rows_are_the_first_argmax_whatever_the_draft(name, device):
     case = make_logits_case(8, 3, 1200)
     target = case["target_logits"].round(decimals=0)  # ties

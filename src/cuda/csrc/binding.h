@@ -267,8 +267,7 @@ void sample_batch(const Params& a, const RequestOf& request_of) {
             request, reach.data(), [&](const auto& row) { return total_of(row, vocab_size); });
         request.store(decision.accepted, draw(decision.row, vocab_size, u));
       } else {
-        int64_t drawn = 0;
-        const auto decision = decide(request, [&] { return uniform(a, b, drawn++); });
+        const auto decision = decide(request, [&](int64_t k) { return uniform(a, b, k); });
         request.store(decision.accepted, draw(decision.row, vocab_size, u));
       }
     }

@@ -282,15 +282,15 @@ struct Decision {
 };
 
 // One thread decides a request, with early exit: nothing after the first rejection is looked at. It
-// stores all but the last token. `next_uniform()` draws uniform 0, 1, ....
-template <typename Request, typename NextUniform>
+// stores all but the last token. `uniform_at(k)` is uniform k, asked for in order of k.
+template <typename Request, typename UniformAt>
 FR_FUNCTION Decision<typename Request::Row> decide(const Request& request,
-                                                   const NextUniform& next_uniform) {
+                                                   const UniformAt& uniform_at) {
   int64_t accepted = 0, rejected_id = kPlaceholderTokenId;
   for (; accepted < request.drafts; ++accepted) {
     const int64_t id = request.id(accepted);
     if (id == kPlaceholderTokenId) break;
-    if (!request.accepts_draft(accepted, id, next_uniform)) {
+    if (!request.accepts_draft(accepted, id, [&] { return uniform_at(accepted); })) {
       rejected_id = id;
       break;
     }

@@ -26,13 +26,12 @@ __global__ void thread_per_row_kernel(const Params a) {
     const Stream stream = stream_of(a, b);
     curand_init(stream.seed, stream.subsequence, stream.position, &state);
   }
-  int64_t drawn = 0;
-  const auto next_uniform = [&] {
-    if (a.uniforms) return uniform(a, b, drawn++);
-    return to_uniform(curand(&state));  // not curand_uniform, which is (0, 1]
+  const auto uniform_at = [&](int64_t k) {
+    if (a.uniforms) return uniform(a, b, k);
+    return to_uniform(curand(&state));  // the next one; not curand_uniform, which is (0, 1]
   };
   const ProbsRequest<T> request(a, b);
-  const Decision<ProbsRow<T>> decision = decide(request, next_uniform);
+  const Decision<ProbsRow<T>> decision = decide(request, uniform_at);
 
   const float u = uniform(a, b, a.spec_length);
   const int vocab_size = static_cast<int>(a.vocab_size), tiles = num_tiles(vocab_size);
