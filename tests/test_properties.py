@@ -9,7 +9,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from src import oracle, samplers
+from src import oracle, philox, samplers
 from src.contract import SamplerOutput
 from src.cuda import fused_sampler
 from tests import emulation
@@ -154,6 +154,31 @@ def test_rounding_never_draws_an_index_without_weight(name, device):
     sample = samplers.get(name).load(device)
     tokens = sample(ids.to(device), None, p.to(device), uniforms=u.to(device)).token_ids.cpu()
     assert tokens.max() < weighted and (p[torch.arange(rows), 0, tokens[:, 0]] > 0).all()
+
+
+def assert_draws_the_published_stream(sample, device):
+    # With q = 1, p = u rejects and the next float of the 24-bit grid accepts: together they pin u.
+    rows, count = 300, 4
+    seeds, offsets = torch.arange(rows) * 2**31 - 77, torch.arange(rows) * 5 + 2**40
+    u = torch.from_numpy(philox.uniforms(seeds.numpy(), offsets.numpy(), count + 1))
+    ids = torch.zeros(rows, count, dtype=torch.int64, device=device)
+    for step, accepted in ((0.0, 0), (2**-24, count)):
+        p = torch.stack([u + step, torch.zeros_like(u)], dim=-1).to(device)
+        output = sample(ids, None, p, seeds=seeds.to(device), offsets=offsets.to(device))
+        assert (output.num_accepted == accepted).all()
+
+
+@on_every_device()
+def test_every_sampler_draws_the_published_stream_bit_for_bit(name, device):
+    assert_draws_the_published_stream(samplers.get(name).load(device), device)
+
+
+@pytest.mark.skipif(
+    emulation.compiler() is None, reason="the emulation wants Linux and a C++ compiler"
+)
+@pytest.mark.parametrize("kernel", emulation.KERNELS)
+def test_the_emulated_kernels_draw_the_published_stream_bit_for_bit(kernel):
+    assert_draws_the_published_stream(emulation.sampler(kernel), "cpu")
 
 
 @pytest.mark.skipif(
