@@ -8,7 +8,7 @@ import torch
 
 from src import oracle, philox
 from src.peers import compat
-from tests.cases import flatten, make_case, ragged
+from tests.cases import flatten, make_case, ragged, to_device
 
 U_MAX = 1 - 2**-24
 
@@ -395,3 +395,44 @@ def test_v2_refuses_what_it_does_not_do():
             compat.vllm_v2_rejection_sample(**{**v2_case(), argument: value})
     with pytest.raises(ValueError, match=r"draft_sampled has shape \[3\]; wanted \[10\]"):
         compat.vllm_v2_rejection_sample(**{**v2_case(), "draft_sampled": torch.zeros(3)})
+
+
+# ---- On a card
+
+
+@pytest.mark.gpu
+def test_on_a_gpu_the_tokens_are_the_oracles_too():
+    case = make_case(7, 4, 1000)
+    seeds, offsets = torch.arange(7) * 2**50 - 3, torch.arange(7) * 9
+    tokens, accepted, emitted = compat.chain_speculative_sampling(
+        *(tensor.cuda() for tensor in flashinfer_arguments(case)),
+        seed=seeds.cuda(),
+        offset=offsets.cuda(),
+    )
+    on_cpu = compat.chain_speculative_sampling(
+        *flashinfer_arguments(case), seed=seeds, offset=offsets
+    )
+    for ours, expected in zip((tokens, accepted, emitted), on_cpu, strict=True):
+        assert torch.equal(ours.cpu(), expected)
+    for one_hot in (False, True):
+        case = v2_case(one_hot)
+        sampled, num_sampled = compat.vllm_v2_rejection_sample(**to_device(case, "cuda"))
+        expect(sampled.cpu(), num_sampled.cpu() - 1, **v2_oracle(case))
+
+
+@pytest.mark.gpu
+def test_on_a_gpu_v1_mixes_greedy_seeded_and_other_requests():
+    case = make_case(3, 3, 50)
+    case["num_draft_tokens"] = torch.full((3,), 3, dtype=torch.int32)
+    flat = to_device(v1_arguments(flatten(case), torch.arange(3)), "cuda")
+    flat["target_logits"] = flat.pop("target_probs").log()
+    best = flat["target_logits"].argmax(-1)[:3].tolist()
+    flat["draft_token_ids"][:2] = torch.tensor(best[:2])
+    rows = []
+    for _ in range(3):
+        some = metadata(
+            temperature=torch.tensor([0.0, 1.0, 1.0], device="cuda"),
+            generators={1: torch.Generator("cuda").manual_seed(5)},
+        )
+        rows.append(compat.vllm_rejection_sample(**flat, sampling_metadata=some).tolist())
+        assert rows[-1][0][:3] == best and rows[-1][1] == rows[0][1]

@@ -9,12 +9,12 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from src import oracle, samplers
+from src import oracle, philox, samplers
 from src.contract import SamplerOutput
 from src.cuda import fused_sampler
 from tests import emulation
 from tests.cases import flatten, on_every_device
-from tests.strategies import RED_ZONE, bits, cases, place
+from tests.strategies import LAST_UNIFORM, RED_ZONE, bits, cases, place
 
 POISON = -77
 
@@ -130,6 +130,55 @@ def test_a_row_depends_neither_on_its_batch_mates_nor_on_its_place(name, device,
     part = {key: None if value is None else value[rows] for key, value in case.items()}
     for ours, wanted in zip(run(sample, part, layouts, device), whole, strict=True):
         assert torch.equal(ours, wanted[rows])
+
+
+@pytest.mark.parametrize("vocab_size", [4, 512, 2048])
+@on_every_device()
+def test_a_uniform_on_an_edge_of_the_cdf_draws_the_index_after_it(name, device, vocab_size):
+    # Powers of two sum exactly, so nothing here is a matter of rounding.
+    u = torch.arange(vocab_size) / vocab_size
+    p = torch.full((1, 1, vocab_size), 1 / vocab_size).expand(vocab_size, -1, -1)
+    ids = torch.zeros(vocab_size, 0, dtype=torch.int64)
+    arguments = ids.to(device), None, p.to(device)
+    output = samplers.get(name).load(device)(*arguments, uniforms=u[:, None].to(device))
+    assert output.token_ids[:, 0].tolist() == list(range(vocab_size))
+
+
+@on_every_device()
+def test_rounding_never_draws_an_index_without_weight(name, device):
+    # Float32 sums above the exact one leave the largest u beyond every edge in some of the rows.
+    rows, weighted = 2000, 400
+    p = torch.rand(rows, 1, 600, generator=torch.Generator().manual_seed(0))
+    p[..., weighted:] = 0
+    ids, u = torch.zeros(rows, 0, dtype=torch.int64), torch.full((rows, 1), LAST_UNIFORM)
+    sample = samplers.get(name).load(device)
+    tokens = sample(ids.to(device), None, p.to(device), uniforms=u.to(device)).token_ids.cpu()
+    assert tokens.max() < weighted and (p[torch.arange(rows), 0, tokens[:, 0]] > 0).all()
+
+
+def assert_draws_the_published_stream(sample, device):
+    # With q = 1, p = u rejects and the next float of the 24-bit grid accepts: together they pin u.
+    rows, count = 300, 4
+    seeds, offsets = torch.arange(rows) * 2**31 - 77, torch.arange(rows) * 5 + 2**40
+    u = torch.from_numpy(philox.uniforms(seeds.numpy(), offsets.numpy(), count + 1))
+    ids = torch.zeros(rows, count, dtype=torch.int64, device=device)
+    for step, accepted in ((0.0, 0), (2**-24, count)):
+        p = torch.stack([u + step, torch.zeros_like(u)], dim=-1).to(device)
+        output = sample(ids, None, p, seeds=seeds.to(device), offsets=offsets.to(device))
+        assert (output.num_accepted == accepted).all()
+
+
+@on_every_device()
+def test_every_sampler_draws_the_published_stream_bit_for_bit(name, device):
+    assert_draws_the_published_stream(samplers.get(name).load(device), device)
+
+
+@pytest.mark.skipif(
+    emulation.compiler() is None, reason="the emulation wants Linux and a C++ compiler"
+)
+@pytest.mark.parametrize("kernel", emulation.KERNELS)
+def test_the_emulated_kernels_draw_the_published_stream_bit_for_bit(kernel):
+    assert_draws_the_published_stream(emulation.sampler(kernel), "cpu")
 
 
 @pytest.mark.skipif(

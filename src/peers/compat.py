@@ -185,8 +185,12 @@ def vllm_rejection_sample_from_probs(
     logits (raw logits where all_greedy). Everything else is the same."""
     greedy = _greedy_requests(sampling_metadata)
     if greedy is not None:
-        greedy = _expand(greedy, cu_num_draft_tokens, len(target_probs))
-        target_probs = torch.where(greedy[:, None], _argmax_one_hot(target_probs), target_probs)
+        one_hot = _argmax_one_hot(target_probs)
+        if sampling_metadata.all_greedy:
+            target_probs = one_hot
+        else:
+            greedy = _expand(greedy, cu_num_draft_tokens, len(target_probs))
+            target_probs = torch.where(greedy[:, None], one_hot, target_probs)
     return _v1(
         draft_token_ids,
         num_draft_tokens,
@@ -251,8 +255,6 @@ def _argmax_one_hot(logits) -> torch.Tensor:
 
 def _expand(values, ends, count) -> torch.Tensor:
     """values [B] -> [count], entry b for the places up to ends[b]; without a synchronisation."""
-    if values.ndim == 0:
-        return values.to(ends.device).expand(count)
     places = torch.arange(count, device=ends.device, dtype=ends.dtype)
     request = torch.searchsorted(ends, places, right=True)
     return values[request.clamp(max=len(values) - 1)]
@@ -321,7 +323,7 @@ def vllm_v2_rejection_sample(
     # request there and draws from that row alone: the flattened layout with nothing copied.
     ids = torch.full_like(draft_sampled, PLACEHOLDER_TOKEN_ID)
     ids[:-1] = draft_sampled[1:]
-    ids[ends.long() - 1] = PLACEHOLDER_TOKEN_ID
+    ids.index_fill_(0, ends.long() - 1, PLACEHOLDER_TOKEN_ID)  # by a scalar: no synchronisation
     first = cu_num_logits[:-1].long()
     output = fused_sampler.rejection_sample_flattened(
         ids.long(),
