@@ -22,8 +22,9 @@ from typing import NamedTuple
 ROOT = Path(__file__).resolve().parent.parent
 CSRC = Path("src/cuda/csrc")
 HEADER = f"{CSRC}/fused_rejection.h"
-CPP = f"{CSRC}/fused_rejection.cpp"
-KERNELS = f"{CSRC}/fused_rejection_kernel.cu"
+CPP = f"{CSRC}/binding.h"
+KERNELS = f"{CSRC}/warp.cuh"
+TEACHING = f"{CSRC}/fused_rejection_kernel.cu"
 LEFT_BEHIND = (".git", ".venv", "build", "__pycache__", ".hypothesis", ".pytest_cache")
 LEFT_BEHIND += (".ruff_cache", "benchmark_results")
 EXTENSION_TESTS = ("tests/test_samplers.py", "tests/test_properties.py")
@@ -31,6 +32,7 @@ EXTENSION_TESTS += ("tests/test_emulated_kernels.py", "tests/test_operator.py")
 TESTS = {  # of a file: the test files, and pytest's -k
     HEADER: (EXTENSION_TESTS, "cpp or emulated or kernels or flattened"),
     CPP: (EXTENSION_TESTS, "cpp or flattened"),
+    TEACHING: (("tests/test_emulated_kernels.py",), "seeds or kernel"),
     KERNELS: (("tests/test_emulated_kernels.py", "tests/test_properties.py"), "kernel"),
     "src/baseline/rejection_sampler.py": (
         ("tests/test_samplers.py", "tests/test_properties.py"),
@@ -145,14 +147,14 @@ MUTANTS = [
     Mutant(
         "the recovery's uniform is the first draft's",
         CPP,
-        "uniform(a, b, a.spec_length));",
-        "uniform(a, b, 0));",
+        "const float u = uniform(a, b, a.spec_length);",
+        "const float u = uniform(a, b, 0);",
     ),
     Mutant(
         "reads beyond the row's end in its last tile",
         KERNELS,
-        "w[j][e] = i < left ? here(i) : 0.0f;",
-        "w[j][e] = here(i);",
+        "w_i = i < left ? weight_at(here, i) : 0.0f;",
+        "w_i = weight_at(here, i);",
     ),
     Mutant(
         "no barrier between the decision and its readers",
@@ -163,12 +165,10 @@ MUTANTS = [
     Mutant(
         "the blocks of a row do not wait for one another's sums",
         KERNELS,
-        "      cluster_arrive();\n      cluster_wait();\n    } else",
-        "    } else",
+        "    cluster_arrive();\n    cluster_wait();\n  } else",
+        "  } else",
     ),
-    Mutant(
-        "every lane adds in the scan", KERNELS, "if (lane >= d) scan += other;", "scan += other;"
-    ),
+    Mutant("every lane adds in the scan", KERNELS, "if (lane >= d) sum += other;", "sum += other;"),
     Mutant(
         "the draw in the tile forgets the spans before",
         KERNELS,
@@ -183,7 +183,7 @@ MUTANTS = [
     ),
     Mutant(
         "the thread-per-row kernel starts its stream at 0",
-        KERNELS,
+        TEACHING,
         "curand_init(stream.seed, stream.subsequence, stream.position, &state)",
         "curand_init(stream.seed, stream.subsequence, 0, &state)",
     ),
@@ -214,14 +214,14 @@ MUTANTS = [
     Mutant(
         "vectorized: drafts after a rejection count",
         "src/compiled/rejection_sampler.py",
-        "accept.long().cumprod(1).sum(1)",
-        "accept.long().sum(1)",
+        "(within & in_vocab).long().cumprod(1).sum(1)",
+        "(within & in_vocab).long().sum(1)",
     ),
     Mutant(
         "vectorized: float32 accept threshold",
         "src/compiled/rejection_sampler.py",
-        "threshold = threshold * draft_probs.gather(-1, index).squeeze(-1).double()",
-        "threshold = (uniforms[:, :spec_length] * draft_probs.gather(-1, index).squeeze(-1))",
+        "within = uniforms[:, :spec_length].double() * q_x < p_x",
+        "within = uniforms[:, :spec_length] * q_x.float() < p_x",
     ),
     Mutant(
         "vectorized: the row after the rejected one",
@@ -244,7 +244,7 @@ MUTANTS = [
     Mutant(
         "a vocabulary with a stride is let through",
         "src/contract.py",
-        "if tensor.stride(-1) != 1:",
+        "if is_row and tensor.stride(-1) != 1:",
         "if False:",
     ),
     Mutant(
