@@ -69,7 +69,7 @@ def _grouped_sdpa(module, query, key, value, attention_mask, scaling=None, **kwa
     output = torch.nn.functional.scaled_dot_product_attention(
         folded, key, value, attn_mask=attention_mask, scale=scaling
     )
-    return output.view(batch_size, heads, length, -1).transpose(1, 2).contiguous(), None
+    return output.reshape(batch_size, heads, length, -1).transpose(1, 2).contiguous(), None
 
 
 AttentionInterface.register(_ATTENTION, _grouped_sdpa)
