@@ -288,7 +288,7 @@ def run_tests(folder: Path, file: str) -> str | None:
     done = subprocess.run(command, cwd=folder, capture_output=True, text=True)
     if done.returncode == 0:
         return None
-    failed = re.search(r"^FAILED tests/(\S+)", done.stdout, re.MULTILINE)
+    failed = re.search(r"^FAILED tests/(.+?)(?: - .*)?$", done.stdout, re.MULTILINE)
     if failed:
         return failed[1]
     if done.returncode < 0:  # a signal: the fault crashed the interpreter

@@ -157,7 +157,7 @@ def v1_arguments(flat, bonus):
     }
 
 
-@pytest.mark.parametrize("column", [True, False], ids=["bonus [B, 1]", "bonus [B]"])
+@pytest.mark.parametrize("column", [True, False], ids=["bonus-column", "bonus-row"])
 @pytest.mark.parametrize("one_hot", [False, True])
 def test_v1_emits_the_oracles_tokens_and_the_callers_bonus(one_hot, column):
     case = ragged(make_case(7, 5, 300))
