@@ -1,6 +1,6 @@
 """Plants faults, one at a time, in a temporary copy of this tree and shows which test fails.
 
-python -m tests.mutants [--only WORD ...] [--output FILE]
+python -m tests.mutants [--only TEXT ...] [--output FILE]
 
 Faults in the shared header and in the C++ kernel are compiled into the extension (half a minute
 each); the CUDA kernels' are compiled by tests/emulation. Exit status 1 where a fault survives, 2
@@ -319,10 +319,13 @@ def table(results) -> str:
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--only", nargs="*", default=[], help="faults whose text has these words")
+    parser.add_argument(
+        "--only", nargs="*", default=[], help="faults whose description contains any of these"
+    )
     parser.add_argument("--output", type=Path, help="also write the table to this Markdown file")
     options = parser.parse_args()
-    chosen = [m for m in MUTANTS if all(word in m.fault for word in options.only)]
+    only = options.only
+    chosen = [m for m in MUTANTS if not only or any(text in m.fault for text in only)]
     results = []
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary) / "tree"

@@ -14,7 +14,7 @@ from src.contract import SamplerOutput
 from src.cuda import fused_sampler
 from tests import emulation
 from tests.cases import flatten, on_every_device
-from tests.strategies import LAST_UNIFORM, RED_ZONE, bits, cases, place
+from tests.strategies import INT_MAX, LAST_UNIFORM, RED_ZONE, bits, cases, place
 
 POISON = -77
 
@@ -115,6 +115,44 @@ def test_the_flattened_layout_gives_the_padded_ones_tokens(name, device, drawn):
         assert torch.equal(again.token_ids, output.token_ids)
     for ours, wanted in zip(output, padded, strict=True):
         assert torch.equal(ours, wanted)
+
+
+@on_every_device(cpu=["cpp"], cuda=["cuda"])
+@given(drawn=cases(), data=st.data())
+def test_ends_that_are_wrong_read_nothing_outside_the_drafts(name, device, drawn, data):
+    case, _ = drawn
+    samplers.get(name).load(device)
+    batch_size, spec_length = case["draft_token_ids"].shape
+    vocab_size = case["target_probs"].shape[2]
+    total = batch_size * spec_length
+    numbers = st.integers(-3, total + 6) | st.sampled_from((-(2**31), INT_MAX))
+    ends = data.draw(st.lists(numbers, min_size=batch_size, max_size=batch_size))
+    flat = {
+        "draft_token_ids": case["draft_token_ids"].reshape(total),
+        "cu_num_draft_tokens": torch.tensor(ends, dtype=torch.int32),
+        "draft_probs": case["draft_probs"],
+        "target_probs": case["target_probs"][:, :spec_length].reshape(total, vocab_size),
+        "bonus_probs": case["target_probs"][:, spec_length],
+        "uniforms": case["uniforms"],
+    }
+    if flat["draft_probs"] is not None:
+        flat["draft_probs"] = flat["draft_probs"].reshape(total, vocab_size)
+    padded = {**case, "num_draft_tokens": torch.zeros(batch_size, dtype=torch.int32)}
+    for field in ("draft_token_ids", "draft_probs", "target_probs"):
+        padded[field] = None if case[field] is None else case[field].clone()
+    for b, end in enumerate(ends):  # what docs and fused_rejection.h say such ends address
+        begin = min(max(ends[b - 1] if b else 0, 0), total)
+        count = min(max(min(end, total) - begin, 0), spec_length)
+        padded["num_draft_tokens"][b] = count
+        padded["target_probs"][b, count] = flat["bonus_probs"][b]
+        for field in ("draft_token_ids", "draft_probs", "target_probs"):
+            if padded[field] is not None:
+                padded[field][b, :count] = flat[field][begin : begin + count]
+    arguments, _ = place(flat, dict.fromkeys(flat, "contiguous"), device)
+    output = fused_sampler.rejection_sample_flattened(**arguments, max_spec_length=spec_length)
+    output = SamplerOutput(*(tensor.cpu() for tensor in output))
+    problems = oracle.disagreements(*output, expected_of(padded))
+    assert not problems, "\n".join(problems)
 
 
 @on_every_device()
