@@ -283,7 +283,8 @@ def build(folder: Path) -> None:
 def run_tests(folder: Path, file: str) -> str | None:
     """The first test that fails, or None where all pass."""
     files, expression = TESTS[file]
-    command = [sys.executable, "-m", "pytest", "-xq", "-p", "no:cacheprovider", *files]
+    command = [sys.executable, "-m", "pytest", "-xq", "-p", "no:cacheprovider"]
+    command += ["--hypothesis-profile=mutants", *files]
     command += ["-k", expression] if expression else []
     done = subprocess.run(command, cwd=folder, capture_output=True, text=True)
     if done.returncode == 0:
