@@ -185,7 +185,7 @@ def test_a_uniform_on_an_edge_of_the_cdf_draws_the_index_after_it(name, device, 
 @on_every_device()
 def test_rounding_never_draws_an_index_without_weight(name, device):
     # Float32 sums above the exact one leave the largest u beyond every edge in some of the rows.
-    rows, weighted = 2000, 400
+    rows, weighted = 2000, 390  # in the middle of a span of 16
     p = torch.rand(rows, 1, 600, generator=torch.Generator().manual_seed(0))
     p[..., weighted:] = 0
     ids, u = torch.zeros(rows, 0, dtype=torch.int64), torch.full((rows, 1), LAST_UNIFORM)
