@@ -75,17 +75,18 @@ struct Arguments {
     }
   }
 
- private:
-  static bool is_readable(const at::Tensor& probs) {
-    return probs.size(-1) == 1 || probs.numel() == 0 || probs.stride(-1) == 1;
-  }
-
+  // Checks a [B] argument and makes it contiguous.
   void make_rows(OptionalTensor& tensor, at::ScalarType wanted, const char* name) const {
     if (!tensor) return;
     check(tensor->sizes() == at::IntArrayRef({batch_size}) && tensor->scalar_type() == wanted &&
               tensor->device() == device(),
           name);
     tensor = tensor->contiguous();
+  }
+
+ private:
+  static bool is_readable(const at::Tensor& probs) {
+    return probs.size(-1) == 1 || probs.numel() == 0 || probs.stride(-1) == 1;
   }
 };
 

@@ -18,10 +18,10 @@ struct LogitsArguments {
   OptionalTensor draft_logsumexp, temperature, top_k, top_p, min_p;
 
   void check_parameters() {
-    make_rows(temperature, at::kFloat, "temperature");
-    make_rows(top_k, at::kInt, "top_k");
-    make_rows(top_p, at::kFloat, "top_p");
-    make_rows(min_p, at::kFloat, "min_p");
+    base.make_rows(temperature, at::kFloat, "temperature");
+    base.make_rows(top_k, at::kInt, "top_k");
+    base.make_rows(top_p, at::kFloat, "top_p");
+    base.make_rows(min_p, at::kFloat, "min_p");
     if (draft_logsumexp) {
       check(draft_is_logits && draft_logsumexp->sizes() == base.ids.sizes() &&
                 draft_logsumexp->scalar_type() == at::kDouble &&
@@ -29,15 +29,6 @@ struct LogitsArguments {
             "draft_logsumexp");
       draft_logsumexp = draft_logsumexp->contiguous();
     }
-  }
-
- private:
-  void make_rows(OptionalTensor& tensor, at::ScalarType wanted, const char* name) const {
-    if (!tensor) return;
-    check(tensor->sizes() == at::IntArrayRef({base.batch_size}) &&
-              tensor->scalar_type() == wanted && tensor->device() == base.device(),
-          name);
-    tensor = tensor->contiguous();
   }
 };
 

@@ -33,6 +33,16 @@ __device__ LogitsRowAt<T> locate_row(const LogitsParams& a, int64_t row) {
   return {k <= request.drafts || k == 0 ? request.target_row(k) : nullptr, b};
 }
 
+// One warp: the largest of the lanes' values, in every lane.
+__device__ __forceinline__ float warp_max(float value) {
+#pragma unroll
+  for (int d = 1; d < kWarp; d *= 2) {
+    const float other = __shfl_xor_sync(kAllLanes, value, d);
+    value = other > value ? other : value;
+  }
+  return value;
+}
+
 // One warp: the statistics of a tile, in every lane.
 template <typename T>
 __device__ __forceinline__ TileStats warp_tile_stats(const T* x, int tile, int vocab_size,
@@ -58,11 +68,7 @@ __device__ __forceinline__ TileStats warp_tile_stats(const T* x, int tile, int v
     w_i = logit >= threshold ? logit : kNegativeInfinity;
     largest = w_i > largest ? w_i : largest;
   });
-#pragma unroll
-  for (int d = 1; d < kWarp; d *= 2) {
-    const float other = __shfl_xor_sync(kAllLanes, largest, d);
-    largest = other > largest ? other : largest;
-  }
+  largest = warp_max(largest);
   const bool empty = !(largest > kNegativeInfinity);
   w.each([&](float& w_i, int) { w_i = empty ? 0.0f : exp2_portable((w_i - largest) * scale); });
   return {largest, warp_sum(w)};
@@ -93,12 +99,7 @@ __device__ __forceinline__ float warp_largest(const TileStats* stats, int tiles,
   for (int tile = lane; tile < tiles; tile += kWarp) {
     largest = stats[tile].largest > largest ? stats[tile].largest : largest;
   }
-#pragma unroll
-  for (int d = 1; d < kWarp; d *= 2) {
-    const float other = __shfl_xor_sync(kAllLanes, largest, d);
-    largest = other > largest ? other : largest;
-  }
-  return largest;
+  return warp_max(largest);
 }
 
 // One warp: the first index whose logit is `largest`.
