@@ -131,9 +131,9 @@ def test_a_sampler_on_a_stream_of_its_own_is_caught():
     copies = [workloads.make_inputs(TINY, "cuda", seed) for seed in range(8)]
     expected = [checks.expected_outputs(inputs) for inputs in copies]
     judge = sweep.PROBABILITIES.judge(Contestant("x", "X", vectorized), copies, expected)
-    backlog = timing.make_backlog("cuda")
-    assert checks.check(vectorized, copies, judge, backlog) is None
-    assert checks.check(elsewhere, copies, judge, backlog)
+    stall = timing.make_stall("cuda")
+    assert checks.check(vectorized, copies, judge, stall) is None
+    assert checks.check(elsewhere, copies, judge, stall)
 
 
 @pytest.mark.gpu

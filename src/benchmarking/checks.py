@@ -66,11 +66,11 @@ def check(
     function: Callable,
     copies: list[dict],
     judge: Callable[[list], str | None],
-    backlog: Callable[[], None],
+    stall: Callable[[], None],
 ) -> str | None:
     """None where `judge` finds nothing wrong with the outputs for the copies, else what is wrong.
 
-    Three traps: inputs hold poison until, behind `backlog`, the current stream writes them (a
+    Three traps: inputs hold poison until, behind `stall`, the current stream writes them (a
     sampler that works on another stream reads poison); freed memory of the outputs' sizes holds
     poison; outputs are compared only after the last call (one that is overwritten is wrong).
     """
@@ -81,7 +81,7 @@ def check(
             for tensor in late.values():
                 poison(tensor)
             _poison_free_memory(inputs)
-            backlog()
+            stall()
             for name, tensor in late.items():
                 tensor.copy_(inputs[name])
             outputs.append(function(**late))

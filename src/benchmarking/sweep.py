@@ -184,7 +184,7 @@ def _measure(
         return list(rows.values())
     try:
         copies = workloads.make_copies(workload, device, seed, problem.make_inputs)
-        backlog = timing.make_backlog(device)
+        backlog, stall = timing.make_backlog(device), timing.make_stall(device)
         expected = [problem.expected(inputs) for inputs in copies]
     except (workloads.TooLarge, torch.OutOfMemoryError, MemoryError) as error:
         for name in runnable:
@@ -196,7 +196,7 @@ def _measure(
     judges = {name: problem.judge(entrant, copies, expected) for name, entrant in runnable.items()}
     for name, entrant in runnable.items():
         rows[name].update(facts)
-        wrong = checks.check(entrant.function, copies, judges[name], backlog)
+        wrong = checks.check(entrant.function, copies, judges[name], stall)
         if wrong:
             _stop(rows[name], "failed", wrong)
 

@@ -181,6 +181,14 @@ def make_backlog(device: str) -> Callable[[], None]:
     return lambda: destination.copy_(source)
 
 
+def make_stall(device: str) -> Callable[[], None]:
+    """Keeps the current stream waiting for about 1 ms while other streams find the card idle: a
+    backlog's copy occupies every multiprocessor, and so holds their kernels up too."""
+    if device != "cuda":
+        return lambda: None
+    return lambda: torch.cuda._sleep(2_000_000)  # cycles; what PyTorch's own stream tests use
+
+
 def copy_gb_s(device: str) -> float:
     """Bandwidth of a large copy in GB/s (10^9), bytes read plus bytes written, median of several:
     the ceiling that the samplers' bytes are held against."""

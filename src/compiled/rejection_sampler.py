@@ -148,7 +148,7 @@ def sample_probabilities(
         if scale is not None:
             p = p.double() * scale[:, None]
         residual = _weights(p - q).float()
-        use_residual = (num_accepted < lengths) & (residual > 0).any(-1)
+        use_residual = (num_accepted < lengths) & (residual.amax(-1) > 0)
         weights = torch.where(use_residual[:, None], residual, target)
     drawn = draw_weighted(weights, uniforms[:, spec_length])
 

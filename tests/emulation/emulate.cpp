@@ -6,6 +6,9 @@
 namespace fused_rejection {
 namespace {
 
+// TileSums in a cluster, in floats.
+size_t exchange_floats(int64_t tiles) { return 2 * (tiles + sizeof(uint64_t) / sizeof(float)); }
+
 template <typename T>
 void run(const Params& a, int kernel, int blocks_per_row, unsigned seed) {
   const int64_t tiles = num_tiles(a.vocab_size);
@@ -14,16 +17,19 @@ void run(const Params& a, int kernel, int blocks_per_row, unsigned seed) {
   const size_t reach = (a.spec_length + 1) * sizeof(double) / sizeof(float);
   if (a.block_verification && kernel == 1) {
     const auto body = [&] { block_kernel<T, Step::kInCluster>(a, blocks_per_row, nullptr); };
-    emulation::launch(blocks, threads, blocks_per_row, reach + 2 * tiles, body, seed);
+    emulation::launch(blocks, threads, blocks_per_row, reach + exchange_floats(tiles), body, seed);
   } else if (a.block_verification) {
     std::vector<float> workspace(rows * tiles, NAN);
     const auto body = [&] { block_kernel<T, Step::kSelect>(a, 1, workspace.data()); };
     emulation::launch(rows, threads, 1, reach, body, seed);
   } else if (kernel == 0) {
     emulation::launch((rows + 31) / 32, 32, 1, 0, [&] { thread_per_row_kernel<T>(a); }, seed);
+  } else if (blocks_per_row == 1) {  // as launch_fused chooses
+    const auto body = [&] { fused_kernel<T, Step::kAlone>(a, 1, nullptr); };
+    emulation::launch(rows, threads, 1, exchange_floats(tiles), body, seed);
   } else if (kernel == 1) {
     const auto body = [&] { fused_kernel<T, Step::kInCluster>(a, blocks_per_row, nullptr); };
-    emulation::launch(blocks, threads, blocks_per_row, 2 * tiles, body, seed);
+    emulation::launch(blocks, threads, blocks_per_row, exchange_floats(tiles), body, seed);
   } else {
     std::vector<float> workspace(rows * tiles, NAN);
     const auto sum = [&] { fused_kernel<T, Step::kSum>(a, blocks_per_row, workspace.data()); };
@@ -73,7 +79,9 @@ extern "C" int emulate_tile_sums(const float* p, const float* q, int64_t vocab_s
   const auto sum = [&] {
     for (int64_t tile = 0; tile < tiles; ++tile) {
       const int lane = static_cast<int>(threadIdx.x);
-      by_warp[tile] = warp_tile_sum(row, tile, vocab_size, aligned(row.p, row.q), lane);
+      Share<float, float> w;
+      load_weights(row, static_cast<int>(tile), vocab_size, aligned(row.p, row.q), lane, w);
+      by_warp[tile] = warp_sum(w);
     }
   };
   try {
@@ -94,7 +102,7 @@ void run_logits(const LogitsParams& a, int kernel, int n, unsigned seed) {
   const int threads = warps * kWarp;
   if (kernel == 1 && a.base.spec_length == 0 && !a.filters()) {  // as launch_from_logits chooses
     const auto body = [&] { sample_kernel<T>(a, n); };
-    emulation::launch(static_cast<int>(batch_size) * n, threads, n, 2 * tiles, body, seed);
+    emulation::launch(static_cast<int>(batch_size) * n, threads, n, 2 + 2 * tiles, body, seed);
     return;
   }
   std::vector<TileStats> stats(rows * tiles, TileStats{NAN, NAN});
@@ -119,7 +127,7 @@ void run_logits(const LogitsParams& a, int kernel, int n, unsigned seed) {
       block ? logits_kernel<T, Step::kInCluster, true>(a, n, known, found, nullptr)
             : logits_kernel<T, Step::kInCluster, false>(a, n, known, found, nullptr);
     };
-    emulation::launch(blocks, threads, n, 2 * tiles + table, body, seed);
+    emulation::launch(blocks, threads, n, exchange_floats(tiles) + table, body, seed);
     return;
   }
   const auto sum = [&] { logits_kernel<T, Step::kSum, false>(a, n, known, found, sums.data()); };

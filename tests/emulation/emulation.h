@@ -254,6 +254,19 @@ inline void store_to_block(float* shared, int rank, float value) {
   all[rank].at(shared - all[emulation::block().rank].data()) = value;
 }
 
+// A value counts only once it is stored, which happens in the order that threads are given turns.
+inline void expect_bytes(uint64_t* pending, int bytes) { *pending = bytes; }
+inline void send_to_block(float* shared, uint64_t* pending, int rank, float value) {
+  store_to_block(shared, rank, value);
+  auto& all = emulation::block().cluster->shared;
+  const auto offset = reinterpret_cast<float*>(pending) - all[emulation::block().rank].data();
+  std::atomic_ref(*reinterpret_cast<uint64_t*>(&all[rank].at(offset))) -= sizeof value;
+}
+inline void wait_for_bytes(uint64_t* pending) {
+  while (std::atomic_ref(*pending) != 0) emulation::yield();
+}
+inline void prefetch_line(const void*) {}
+
 // The counter of cuRAND's Philox state; the words are this project's. That they are cuRAND's own is
 // tested against its headers, and on the GPU.
 struct curandStatePhilox4_32_10_t {

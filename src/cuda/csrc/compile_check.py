@@ -20,7 +20,7 @@ ARCHITECTURES = ["8.0", "8.6", "9.0", "12.0"]
 FAST = ("fused_kernel", "logits_kernel", "tile_stats_kernel", "block_kernel", "sample_kernel")
 OTHERS = ("thread_per_row_kernel", "threshold_kernel", "floor_kernel")
 KERNEL = re.compile(rf"\d({'|'.join((*FAST, *OTHERS))})[IE]")  # in a mangled name
-STEPS = {"0": "in cluster", "1": "sum", "2": "select"}
+STEPS = {"0": "in cluster", "1": "alone", "2": "sum", "3": "select"}
 DTYPES = {"f": "float32", "8BFloat16": "bfloat16", "7Float16": "float16"}
 # One entry function's report.
 REPORT = re.compile(

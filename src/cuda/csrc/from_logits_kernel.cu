@@ -135,9 +135,8 @@ __device__ RowSummary warp_summarize(const T* x, const TileStats* stats, float s
     const int argmax = warp_argmax(x, stats, largest, vocab_size, lane);
     return {largest, stats, largest, kNegativeInfinity, argmax};
   }
-  const Span span = span_of(tiles, lane);
-  double sum = 0;
-  for (int i = span.begin; i < span.end; ++i) sum += tile_weight(stats[i], largest, scale);
+  const double sum =
+      span_sum(span_of(tiles, lane), [&](int i) { return tile_weight(stats[i], largest, scale); });
   const double total = __shfl_sync(kAllLanes, warp_scan(sum, lane), kSpans - 1);
   return {logsumexp_of(total, largest, scale), stats, largest, threshold, -1};
 }
@@ -295,21 +294,25 @@ template <typename T, Step step, bool block>
 __global__ void __launch_bounds__(kMaxWarps* kWarp, 1)
     logits_kernel(const LogitsParams a, int blocks_per_row, const TileStats* stats,
                   const float* thresholds, float* workspace) {
-  FR_DYNAMIC_SHARED(double, shared);  // the table, reach [K + 1], tile sums [2][tiles] in a cluster
-  if (step == Step::kInCluster) cluster_arrive();
+  FR_DYNAMIC_SHARED(double, shared);  // the table, reach [K + 1], in a cluster TileSums
   const int64_t b = blockIdx.x / blocks_per_row;
+  const int tiles = num_tiles(a.base.vocab_size);
   RowSummary* table = reinterpret_cast<RowSummary*>(shared);
   double* reach = reinterpret_cast<double*>(table + 2 * a.base.spec_length + 1);
-  float* sums = step == Step::kInCluster
-                    ? reinterpret_cast<float*>(reach + (block ? a.base.spec_length + 1 : 0))
-                    : workspace + b * num_tiles(a.base.vocab_size);
+  TileSums sums{workspace + b * tiles, nullptr};
+  if (step == Step::kInCluster) {
+    sums.pending = reinterpret_cast<uint64_t*>(reach + (block ? a.base.spec_length + 1 : 0));
+    sums.sums = reinterpret_cast<float*>(sums.pending + 2);
+    if (!block && threadIdx.x == 0) expect_sums(sums, tiles);
+    cluster_arrive();
+  }
   summarize_request<T>(a, b, stats, thresholds, table);
   const LogitsRequest<T, TableSummaries> request(a, b, {table, a.base.spec_length});
   if (step != Step::kSum && a.logsumexp && blockIdx.x % blocks_per_row == 0 && threadIdx.x == 0) {
     a.logsumexp[b] = table[request.drafts > 0 ? request.drafts : 0].logsumexp;
   }
   if (block) {
-    sample_block<step>(request, blocks_per_row, sums, reach);
+    sample_block<step>(request, blocks_per_row, sums.sums, reach);
   } else {
     sample_request<step>(request, blocks_per_row, sums);
   }
@@ -320,7 +323,11 @@ __global__ void __launch_bounds__(kMaxWarps* kWarp, 1)
 template <typename T>
 __global__ void __launch_bounds__(kMaxWarps* kWarp, kResidentBlocks)
     sample_kernel(const LogitsParams a, int blocks_per_row) {
-  FR_DYNAMIC_SHARED(float, shared);  // TileStats [tiles]
+  FR_DYNAMIC_SHARED(uint64_t, pending);  // then TileStats [tiles]
+  float* shared = reinterpret_cast<float*>(pending + 1);
+  if (threadIdx.x == 0) {
+    expect_bytes(pending, num_tiles(a.base.vocab_size) * static_cast<int>(sizeof(TileStats)));
+  }
   cluster_arrive();
   const int lane = threadIdx.x % kWarp, warp = threadIdx.x / kWarp, warps = blockDim.x / kWarp;
   const int64_t b = blockIdx.x / blocks_per_row;
@@ -335,12 +342,12 @@ __global__ void __launch_bounds__(kMaxWarps* kWarp, kResidentBlocks)
     const TileStats found =
         warp_tile_stats(x, tile, vocab_size, is_aligned, scale, kNegativeInfinity, lane);
     if (lane < blocks_per_row) {
-      store_to_block(shared + 2 * tile, lane, found.largest);
-      store_to_block(shared + 2 * tile + 1, lane, found.sum);
+      send_to_block(shared + 2 * tile, pending, lane, found.largest);
+      send_to_block(shared + 2 * tile + 1, pending, lane, found.sum);
     }
   }
-  meet<Step::kInCluster>();
   if (warp != 0) return;
+  wait_for_bytes(pending);
   const TileStats* stats = reinterpret_cast<const TileStats*>(shared);
   const RowSummary summary =
       warp_summarize(x, stats, scale, kNegativeInfinity, greedy && rank == 0, vocab_size, lane);
@@ -414,7 +421,7 @@ int64_t table_bytes(const LogitsParams& a) {
 }
 
 int64_t cluster_bytes(const LogitsParams& a) {
-  return 2 * num_tiles(a.base.vocab_size) * static_cast<int64_t>(sizeof(float)) + table_bytes(a);
+  return exchange_bytes(a.base.vocab_size) + table_bytes(a);
 }
 
 template <typename T>
@@ -431,8 +438,9 @@ struct LaunchLogits {
     const int threads = warps * kWarp, n = plan.blocks_per_row;
     cudaLaunchConfig_t config = configure(a.base.batch_size * n, threads, stream);
     if (is_plain_sample(a, plan.exchange)) {
-      return launch_in_clusters(sample_kernel<T>, config, n,
-                                tiles * static_cast<int64_t>(sizeof(TileStats)), a, n);
+      const size_t shared_bytes = sizeof(uint64_t) + tiles * sizeof(TileStats);
+      return launch_in_clusters(sample_kernel<T>, config, n, static_cast<int64_t>(shared_bytes), a,
+                                n);
     }
 
     cudaLaunchConfig_t pass = configure(rows * ((tiles + warps - 1) / warps), threads, stream);

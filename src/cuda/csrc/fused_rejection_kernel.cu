@@ -62,12 +62,18 @@ __global__ void thread_per_row_kernel(const Params a) {
 template <typename T, Step step>
 __global__ void __launch_bounds__(kMaxWarps* kWarp, kResidentBlocks)
     fused_kernel(const Params a, int blocks_per_row, float* workspace) {
-  FR_DYNAMIC_SHARED(float, shared_sums);
-  if (step == Step::kInCluster) cluster_arrive();
-  const ProbsRequest<T> request(a, blockIdx.x / blocks_per_row);
-  float* sums =
-      step == Step::kInCluster ? shared_sums : workspace + request.b * num_tiles(a.vocab_size);
-  sample_request<step>(request, blocks_per_row, sums);
+  FR_DYNAMIC_SHARED(uint64_t, shared);  // where there is no workspace: `pending`, then `sums`
+  const int tiles = num_tiles(a.vocab_size);
+  const int64_t b = blockIdx.x / blocks_per_row;
+  TileSums sums{workspace + b * tiles, nullptr};
+  if (step == Step::kInCluster || step == Step::kAlone) {
+    sums = {reinterpret_cast<float*>(shared + 2), shared};
+  }
+  if (step == Step::kInCluster) {
+    if (threadIdx.x == 0) expect_sums(sums, tiles);
+    cluster_arrive();
+  }
+  sample_request<step>(ProbsRequest<T>(a, b), blocks_per_row, sums);
 }
 
 // Block verification. `workspace` as above where there are no clusters; one block a row then.
@@ -98,10 +104,6 @@ const void* const kFusedKernels[] = {
     reinterpret_cast<const void*>(&block_kernel<Float16, Step::kInCluster>),
 };
 
-int64_t tile_sum_bytes(int64_t vocab_size) {
-  return num_tiles(vocab_size) * static_cast<int64_t>(sizeof(float));
-}
-
 int64_t reach_bytes(const Params& a) {
   return a.block_verification ? (a.spec_length + 1) * static_cast<int64_t>(sizeof(double)) : 0;
 }
@@ -113,16 +115,20 @@ struct LaunchFused {
     cudaLaunchConfig_t config = configure(a.batch_size * n, threads, stream);
     if (a.block_verification && plan.exchange == Exchange::kCluster) {
       return launch_in_clusters(block_kernel<T, Step::kInCluster>, config, n,
-                                2 * tile_sum_bytes(a.vocab_size) + reach_bytes(a), a, n, workspace);
+                                exchange_bytes(a.vocab_size) + reach_bytes(a), a, n, workspace);
     }
     if (a.block_verification) {
       config.gridDim = dim3(static_cast<unsigned>(a.batch_size));
       config.dynamicSmemBytes = static_cast<size_t>(reach_bytes(a));
       return cudaLaunchKernelEx(&config, block_kernel<T, Step::kSelect>, a, 1, workspace);
     }
+    if (is_alone(n, a.vocab_size)) {
+      config.dynamicSmemBytes = static_cast<size_t>(exchange_bytes(a.vocab_size));
+      return cudaLaunchKernelEx(&config, fused_kernel<T, Step::kAlone>, a, n, workspace);
+    }
     if (plan.exchange == Exchange::kCluster) {
       return launch_in_clusters(fused_kernel<T, Step::kInCluster>, config, n,
-                                2 * tile_sum_bytes(a.vocab_size), a, n, workspace);
+                                exchange_bytes(a.vocab_size), a, n, workspace);
     }
     const cudaError_t error =
         cudaLaunchKernelEx(&config, fused_kernel<T, Step::kSum>, a, n, workspace);
@@ -149,12 +155,14 @@ int plan_fused(const Params& a, Exchange exchange, int blocks_per_row, Plan* pla
   const Device* device = nullptr;
   cudaError_t error = current_device(kFusedKernels, &device);
   if (error == cudaSuccess) {
-    const int64_t shared_bytes = 2 * tile_sum_bytes(a.vocab_size) + reach_bytes(a);
+    const int64_t shared_bytes = exchange_bytes(a.vocab_size) + reach_bytes(a);
     error = plan_blocks(*device, a.batch_size, a.vocab_size, shared_bytes, exchange, blocks_per_row,
                         plan);
   }
-  plan->workspace_bytes =
-      plan->exchange == Exchange::kWorkspace ? a.batch_size * tile_sum_bytes(a.vocab_size) : 0;
+  const bool needs_workspace =
+      plan->exchange == Exchange::kWorkspace &&
+      (a.block_verification || !is_alone(plan->blocks_per_row, a.vocab_size));
+  plan->workspace_bytes = needs_workspace ? a.batch_size * tile_sum_bytes(a.vocab_size) : 0;
   return error;
 }
 

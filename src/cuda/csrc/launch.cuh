@@ -17,6 +17,20 @@ constexpr int kMaxDevices = 64;
 constexpr int64_t kMaxSharedBytes = 192 * 1024;  // of sm_90's 227 KiB a block
 constexpr int64_t kDefaultSharedBytes = 48 * 1024;
 
+int64_t tile_sum_bytes(int64_t vocab_size) {
+  return num_tiles(vocab_size) * static_cast<int64_t>(sizeof(float));
+}
+
+// TileSums in a cluster.
+int64_t exchange_bytes(int64_t vocab_size) {
+  return 2 * (tile_sum_bytes(vocab_size) + static_cast<int64_t>(sizeof(uint64_t)));
+}
+
+// Whether a row's one block keeps the tile sums to itself.
+bool is_alone(int blocks_per_row, int64_t vocab_size) {
+  return blocks_per_row == 1 && exchange_bytes(vocab_size) <= kDefaultSharedBytes;
+}
+
 // Calls Action<T>::run(args...) for the element type of `dtype`.
 template <template <typename> class Action, typename... Args>
 cudaError_t for_dtype(Dtype dtype, const Args&... args) {
@@ -101,8 +115,9 @@ cudaError_t current_device(const void* const (&kernels)[n], const Device** devic
   return cudaSuccess;
 }
 
-// Fills a plan's exchange and blocks_per_row. Four blocks a multiprocessor over the whole batch,
-// but no block without a tile for each of its warps.
+// Fills a plan's exchange and blocks_per_row. At most one block a multiprocessor, over the whole
+// batch (more are not placed evenly where they come in clusters), and no block without a tile for
+// each of its warps.
 cudaError_t plan_blocks(const Device& device, int64_t batch_size, int64_t vocab_size,
                         int64_t shared_bytes, Exchange exchange, int blocks_per_row, Plan* plan) {
   const bool clusters_fit = device.largest_cluster > 0 && shared_bytes <= kMaxSharedBytes;
@@ -120,7 +135,7 @@ cudaError_t plan_blocks(const Device& device, int64_t batch_size, int64_t vocab_
   }
   const int tiles = num_tiles(vocab_size), warps = warps_per_block(vocab_size);
   const int64_t useful = (tiles + warps - 1) / warps;
-  const int64_t wanted = 4 * device.multiprocessors / std::max<int64_t>(batch_size, 1);
+  const int64_t wanted = device.multiprocessors / std::max<int64_t>(batch_size, 1);
   int blocks = 1;
   while (2 * blocks <= largest && blocks < useful && 2 * blocks <= wanted) blocks *= 2;
   plan->blocks_per_row = blocks;

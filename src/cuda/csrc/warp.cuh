@@ -47,6 +47,55 @@ __device__ __forceinline__ void store_to_block(float* shared, int rank, float va
 #endif
 }
 
+// A count of the bytes that send_to_block is still to bring, in shared memory. One thread sets it,
+// once, before its cluster_arrive.
+__device__ __forceinline__ void expect_bytes(uint64_t* pending, int bytes) {
+#if __CUDA_ARCH__ >= 900
+  const uint32_t here = static_cast<uint32_t>(__cvta_generic_to_shared(pending));
+  asm volatile("mbarrier.init.shared::cta.b64 [%0], 1;" ::"r"(here) : "memory");
+  asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(here), "r"(bytes)
+               : "memory");
+  asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
+#endif
+}
+
+// store_to_block, counted by that block's `pending`: its threads need no barrier to see the value.
+__device__ __forceinline__ void send_to_block(float* shared, uint64_t* pending, int rank,
+                                              float value) {
+#if __CUDA_ARCH__ >= 900
+  const uint32_t here = static_cast<uint32_t>(__cvta_generic_to_shared(shared));
+  const uint32_t count_here = static_cast<uint32_t>(__cvta_generic_to_shared(pending));
+  uint32_t there, count_there;
+  asm("mapa.shared::cluster.u32 %0, %1, %2;" : "=r"(there) : "r"(here), "r"(rank));
+  asm("mapa.shared::cluster.u32 %0, %1, %2;" : "=r"(count_there) : "r"(count_here), "r"(rank));
+  asm volatile(
+      "st.async.shared::cluster.mbarrier::complete_tx::bytes.f32 [%0], %1, [%2];" ::"r"(there),
+      "f"(value), "r"(count_there)
+      : "memory");
+#endif
+}
+
+// Waits until every byte is there.
+__device__ __forceinline__ void wait_for_bytes(uint64_t* pending) {
+#if __CUDA_ARCH__ >= 900
+  const uint32_t here = static_cast<uint32_t>(__cvta_generic_to_shared(pending));
+  uint32_t done = 0;
+  while (!done) {
+    asm volatile(
+        "{\n .reg .pred p;\n"
+        " mbarrier.try_wait.parity.acquire.cluster.shared::cta.b64 p, [%1], 0;\n"
+        " selp.u32 %0, 1, 0, p;\n}"
+        : "=r"(done)
+        : "r"(here)
+        : "memory");
+  }
+#endif
+}
+
+__device__ __forceinline__ void prefetch_line(const void* line) {
+  asm volatile("prefetch.global.L2 [%0];" ::"l"(line));
+}
+
 }  // namespace
 }  // namespace fused_rejection
 #endif
@@ -146,15 +195,15 @@ __device__ __forceinline__ void load_share(const T* from, Share<T, T>& share) {
   }
 }
 
-// One warp: the sum of a tile's weights, in every lane.
+// One warp: a tile's weights, each lane its share.
 template <typename Row>
-__device__ __forceinline__ float warp_tile_sum(const Row& row, int tile, int vocab_size,
-                                               bool is_aligned, int lane) {
+__device__ __forceinline__ void load_weights(const Row& row, int tile, int vocab_size,
+                                             bool is_aligned, int lane,
+                                             Share<ElementOf<Row>, float>& w) {
   using T = ElementOf<Row>;
   const int begin = tile * kTile + lane * kVector<T>;
   const Row here = row.from(begin);
   const int left = vocab_size - begin;
-  Share<T, float> w;
   if (is_aligned && (tile + 1) * kTile <= vocab_size) {
     Share<T, T> p, q;
     load_share(here.p, p);
@@ -176,7 +225,17 @@ __device__ __forceinline__ float warp_tile_sum(const Row& row, int tile, int voc
   } else {
     w.each([&](float& w_i, int i) { w_i = i < left ? weight_at(here, i) : 0.0f; });
   }
-  return warp_sum(w);
+}
+
+// One warp: brings a tile's lines of both rows into the L2 cache.
+template <typename Row>
+__device__ __forceinline__ void prefetch_tile(const Row& row, int tile, int vocab_size, int lane) {
+  using T = ElementOf<Row>;
+  constexpr int line = 128 / sizeof(T), lines = kTile / line, half = kWarp / 2;
+  static_assert(lines <= half);
+  const T* from = lane < half ? row.p : row.q;
+  const int i = tile * kTile + lane % half * line;
+  if (from && lane % half < lines && i < vocab_size) prefetch_line(from + i);
 }
 
 // One warp: the inclusive scan of Spans.
@@ -189,23 +248,6 @@ __device__ __forceinline__ double warp_scan(double sum, int lane) {
   return sum;
 }
 
-// One warp: sum_spans and pick_in_spans with a lane a span. `sum` is the lane's span's sum,
-// `pick_here(rest)` searches the lane's span. `threshold_of(total)` gives the threshold.
-template <typename ThresholdOf, typename PickHere>
-__device__ __forceinline__ Pick warp_pick(double sum, const ThresholdOf& threshold_of,
-                                          const PickHere& pick_here, int lane) {
-  const double scan = warp_scan(sum, lane);
-  const double threshold = threshold_of(__shfl_sync(kAllLanes, scan, kSpans - 1));
-  const unsigned weighted = __ballot_sync(kAllLanes, sum > 0);
-  const unsigned crossing = __ballot_sync(kAllLanes, sum > 0 && scan > threshold);
-  if (!weighted) return {-1, threshold};
-  const int chosen = crossing ? __ffs(crossing) - 1 : kWarp - 1 - __clz(weighted);
-  const double previous = __shfl_up_sync(kAllLanes, scan, 1);
-  Pick pick{-1, 0};
-  if (lane == chosen) pick = pick_here(threshold - (lane ? previous : 0.0));
-  return {__shfl_sync(kAllLanes, pick.item, chosen), __shfl_sync(kAllLanes, pick.rest, chosen)};
-}
-
 struct Span {
   int begin, end;
 };
@@ -216,38 +258,87 @@ __device__ __forceinline__ Span span_of(int count, int lane) {
   return {begin, begin + length < count ? begin + length : count};
 }
 
+// One lane: a span's sum, in order. Several items are fetched before the first is added.
+template <typename Item>
+__device__ __forceinline__ double span_sum(const Span& span, const Item& item) {
+  constexpr int n = 8;
+  double sum = 0;
+  for (int first = span.begin; first < span.end; first += n) {
+    decltype(item(0)) w[n];
+#pragma unroll
+    for (int j = 0; j < n; ++j) w[j] = first + j < span.end ? item(first + j) : 0;
+#pragma unroll
+    for (int j = 0; j < n; ++j) sum += w[j];
+  }
+  return sum;
+}
+
+// One warp: pick_in_span with an item a lane; each lane adds up what is before its own, in order.
+template <typename Item>
+__device__ __forceinline__ Pick warp_pick_in_span(const Span& span, const Item& item, double rest,
+                                                  int lane) {
+  Pick pick{-1, rest};
+  double before = 0;
+  for (int first = span.begin; first < span.end; first += kWarp) {
+    const int count = span.end - first < kWarp ? span.end - first : kWarp;
+    const auto w = lane < count ? item(first + lane) : 0;
+#pragma unroll 8
+    for (int j = 0; j < count; ++j) {
+      const double other = __shfl_sync(kAllLanes, w, j);
+      if (j < lane) before += other;
+    }
+    const unsigned weighted = __ballot_sync(kAllLanes, w > 0);
+    const unsigned crossing = __ballot_sync(kAllLanes, w > 0 && before + w > rest);
+    if (weighted) {
+      const int chosen = crossing ? __ffs(crossing) - 1 : kWarp - 1 - __clz(weighted);
+      pick = {first + chosen, rest - __shfl_sync(kAllLanes, before, chosen)};
+    }
+    if (crossing) break;
+    before = __shfl_sync(kAllLanes, before + w, kWarp - 1);
+  }
+  return pick;
+}
+
+// One warp: sum_spans and pick_in_spans with a lane a span. `threshold_of(total)` gives the
+// threshold.
+template <typename Item, typename ThresholdOf>
+__device__ __forceinline__ Pick warp_pick(int count, const Item& item,
+                                          const ThresholdOf& threshold_of, int lane) {
+  const double sum = span_sum(span_of(count, lane), item);
+  const double scan = warp_scan(sum, lane);
+  const double threshold = threshold_of(__shfl_sync(kAllLanes, scan, kSpans - 1));
+  const unsigned weighted = __ballot_sync(kAllLanes, sum > 0);
+  const unsigned crossing = __ballot_sync(kAllLanes, sum > 0 && scan > threshold);
+  if (!weighted) return {-1, threshold};
+  const int chosen = crossing ? __ffs(crossing) - 1 : kWarp - 1 - __clz(weighted);
+  const double previous = __shfl_sync(kAllLanes, scan, chosen ? chosen - 1 : 0);
+  return warp_pick_in_span(span_of(count, chosen), item, threshold - (chosen ? previous : 0.0),
+                           lane);
+}
+
 // One warp: the tile to draw from, `weight_of(tile)` being the tiles' weights.
 template <typename WeightOf>
 __device__ __forceinline__ Pick warp_pick_tile(const WeightOf& weight_of, int tiles, float u,
                                                int lane) {
-  const Span span = span_of(tiles, lane);
-  double sum = 0;
-  for (int i = span.begin; i < span.end; ++i) sum += weight_of(i);
-  const auto pick_here = [&](double rest) {
-    return pick_in_span(span.begin, span.end, weight_of, rest);
-  };
-  return warp_pick(sum, [&](double total) { return u * total; }, pick_here, lane);
+  return warp_pick(tiles, weight_of, [&](double total) { return u * total; }, lane);
 }
 
+// One warp of the block: the token to draw from a tile. Lanes read the tile as they summed it and
+// pass it through shared memory to the spans' order.
 template <typename Row>
 __device__ __forceinline__ int warp_pick_token(const Row& row, const Pick& tile, int vocab_size,
                                                int lane) {
+  using T = ElementOf<Row>;
   constexpr int length = kTile / kSpans;
-  const int begin = tile.item * kTile + lane * length;
-  const Row here = row.from(begin);
-  const int left = vocab_size - begin;
-  float w[length];
-#pragma unroll
-  for (int i = 0; i < length; ++i) w[i] = i < left ? weight_at(here, i) : 0.0f;
-  double sum = 0;
-#pragma unroll
-  for (int i = 0; i < length; ++i) sum += w[i];
-  const auto pick_here = [&](double rest) {
-    Pick pick = pick_in_span<length>(0, length, [&](int i) { return w[i]; }, rest);
-    pick.item += begin;
-    return pick;
-  };
-  return warp_pick(sum, [&](double) { return tile.rest; }, pick_here, lane).item;
+  __shared__ float weights[kTile + kTile / length];
+  const auto place = [](int m) { return m + m / length; };  // one bank for each lane's span
+  Share<T, float> w;
+  load_weights(row, tile.item, vocab_size, aligned(row.p, row.q), lane, w);
+  w.each([&](float w_i, int i) { weights[place(lane * kVector<T> + i)] = w_i; });
+  __syncwarp();
+  const auto weight_in_tile = [&](int m) { return weights[place(m)]; };
+  return tile.item * kTile +
+         warp_pick(kTile, weight_in_tile, [&](double) { return tile.rest; }, lane).item;
 }
 
 // One warp: a token of a row whose from_stats() holds; 0 where it has no mass.
@@ -285,44 +376,46 @@ __device__ __forceinline__ Decision<typename Request::Row> warp_decide(const Req
   }
 }
 
-// kInCluster does everything in one launch. Without clusters kSum and kSelect are two launches with
-// the tile sums in `workspace` [B, tiles] between them; the stream orders them.
-enum class Step { kInCluster, kSum, kSelect };
+// kInCluster does everything in one launch, and so does kAlone, one block a row. Without clusters
+// kSum and kSelect are two launches with the tile sums in `workspace` [B, tiles] between them; the
+// stream orders them.
+enum class Step { kInCluster, kAlone, kSum, kSelect };
 
-// This block's share of a row's tile sums, for every block of the row.
-template <Step step, typename Row>
+// Where tile sums meet.
+struct TileSums {
+  float* sums;  // in a cluster [2][tiles] of this block's shared memory, a half for each of two
+                // passes; alone [tiles] of it; else the request's [tiles] of the workspace
+  uint64_t* pending;  // [2] in a cluster: what each half still waits for
+};
+
+// One thread of a cluster's block, before its first cluster_arrive().
+__device__ __forceinline__ void expect_sums(const TileSums& all, int tiles) {
+  for (int pass = 0; pass < 2; ++pass) {
+    expect_bytes(all.pending + pass, tiles * static_cast<int>(sizeof(float)));
+  }
+}
+
+// This block's share of a row's tile sums. `tell(tile, sum)` is called by a whole warp.
+template <typename Row, typename Tell>
 __device__ __forceinline__ void sweep(const Row& row, int blocks_per_row, int vocab_size,
-                                      float* sums) {
+                                      const Tell& tell) {
   const int lane = threadIdx.x % kWarp, warp = threadIdx.x / kWarp, warps = blockDim.x / kWarp;
   const int rank = blockIdx.x % blocks_per_row, tiles = num_tiles(vocab_size);
+  const int step = warps * blocks_per_row;
   const bool is_aligned = aligned(row.p, row.q);
-  for (int tile = rank * warps + warp; tile < tiles; tile += warps * blocks_per_row) {
-    const float sum = warp_tile_sum(row, tile, vocab_size, is_aligned, lane);
-    if (step == Step::kInCluster) {
-      if (lane < blocks_per_row) store_to_block(sums + tile, lane, sum);
-    } else if (lane == 0) {
-      sums[tile] = sum;
-    }
+  for (int tile = rank * warps + warp; tile < tiles; tile += step) {
+    if (tile + step < tiles) prefetch_tile(row, tile + step, vocab_size, lane);
+    Share<ElementOf<Row>, float> w;
+    load_weights(row, tile, vocab_size, is_aligned, lane, w);
+    tell(tile, warp_sum(w));
   }
 }
 
-// All threads that share tile sums wait for one another's.
-template <Step step>
-__device__ __forceinline__ void meet() {
-  if (step == Step::kInCluster) {
-    cluster_arrive();
-    cluster_wait();
-  } else {
-    __syncthreads();
-  }
-}
-
-// The body of a kernel whose grid has blocks_per_row blocks a request. `sums`: this block's copy of
-// the tile sums, [2][tiles] of shared memory, in a cluster; else the request's [tiles] of the
-// workspace. In a cluster every thread has called cluster_arrive() before.
+// The body of a kernel whose grid has blocks_per_row blocks a request. In a cluster expect_sums()
+// and, by every thread, cluster_arrive() have been called before.
 template <Step step, typename Request>
 __device__ __forceinline__ void sample_request(const Request& request, int blocks_per_row,
-                                               float* all_sums) {
+                                               const TileSums& all) {
   using Row = typename Request::Row;
   __shared__ Decision<Row> decision;
   __shared__ float recovery_uniform;
@@ -366,13 +459,20 @@ __device__ __forceinline__ void sample_request(const Request& request, int block
       }
       return;
     }
-    float* sums = step == Step::kInCluster ? all_sums + pass * tiles : all_sums;
+    float* sums = step == Step::kInCluster ? all.sums + pass * tiles : all.sums;
     if (step != Step::kSelect || pass > 0) {
-      sweep<step>(row, blocks_per_row, vocab_size, sums);
+      sweep(row, blocks_per_row, vocab_size, [&](int tile, float sum) {
+        if (step == Step::kInCluster) {
+          if (lane < blocks_per_row) send_to_block(sums + tile, all.pending + pass, lane, sum);
+        } else if (lane == 0) {
+          sums[tile] = sum;
+        }
+      });
     }
     if (step == Step::kSum) return;
-    meet<step>();
+    if (step != Step::kInCluster) __syncthreads();
     if (warp == 0) {
+      if (step == Step::kInCluster) wait_for_bytes(all.pending + pass);
       const Pick tile =
           warp_pick_tile([&](int i) { return sums[i]; }, tiles, recovery_uniform, lane);
       if (lane == 0) picked = tile.item >= 0;
@@ -394,9 +494,7 @@ __device__ __forceinline__ void sample_request(const Request& request, int block
 
 // One warp: Spans::total of tile sums, in every lane.
 __device__ __forceinline__ double warp_total(const float* sums, int tiles, int lane) {
-  const Span span = span_of(tiles, lane);
-  double sum = 0;
-  for (int i = span.begin; i < span.end; ++i) sum += sums[i];
+  const double sum = span_sum(span_of(tiles, lane), [&](int i) { return sums[i]; });
   return __shfl_sync(kAllLanes, warp_scan(sum, lane), kSpans - 1);
 }
 
@@ -469,8 +567,21 @@ __device__ __forceinline__ void sample_block(const Request& request, int blocks_
     if (from_target) row = row.target();
     float* sums = step == Step::kInCluster ? all_sums + (pass & 1) * tiles : all_sums;
     const bool swept = row.fixed_token < 0 && !row.from_stats();
-    if (swept) sweep<step>(row, blocks_per_row, vocab_size, sums);
-    meet<step>();
+    if (swept) {
+      sweep(row, blocks_per_row, vocab_size, [&](int tile, float sum) {
+        if (step == Step::kInCluster) {
+          if (lane < blocks_per_row) store_to_block(sums + tile, lane, sum);
+        } else if (lane == 0) {
+          sums[tile] = sum;
+        }
+      });
+    }
+    if (step == Step::kInCluster) {
+      cluster_arrive();
+      cluster_wait();
+    } else {
+      __syncthreads();
+    }
     if (warp == 0) {
       const double total = swept ? warp_total(sums, tiles, lane) : 0.0;
       const int64_t k = prefix;
