@@ -12,7 +12,7 @@ size_t exchange_floats(int64_t tiles) { return 2 * (tiles + sizeof(uint64_t) / s
 template <typename T>
 void run(const Params& a, int kernel, int blocks_per_row, unsigned seed) {
   const int64_t tiles = num_tiles(a.vocab_size);
-  const int threads = static_cast<int>(std::min<int64_t>(tiles, kMaxWarps)) * kWarp;
+  const int threads = static_cast<int>(std::clamp<int64_t>(tiles, 2, kMaxWarps)) * kWarp;
   const int rows = static_cast<int>(a.batch_size), blocks = rows * blocks_per_row;
   const size_t reach = (a.spec_length + 1) * sizeof(double) / sizeof(float);
   if (a.block_verification && kernel == 1) {
@@ -80,7 +80,8 @@ extern "C" int emulate_tile_sums(const float* p, const float* q, int64_t vocab_s
     for (int64_t tile = 0; tile < tiles; ++tile) {
       const int lane = static_cast<int>(threadIdx.x);
       Share<float, float> w;
-      load_weights(row, static_cast<int>(tile), vocab_size, aligned(row.p, row.q), lane, w);
+      load_weights(row, static_cast<int>(tile), vocab_size,
+                   by_vectors(row.p, row.q, static_cast<int>(vocab_size)), lane, w);
       by_warp[tile] = warp_sum(w);
     }
   };
@@ -98,7 +99,7 @@ namespace {
 template <typename T>
 void run_logits(const LogitsParams& a, int kernel, int n, unsigned seed) {
   const int64_t rows = num_target_rows(a.base) + num_draft_rows(a), batch_size = a.base.batch_size;
-  const int tiles = num_tiles(a.base.vocab_size), warps = std::min(tiles, kMaxWarps);
+  const int tiles = num_tiles(a.base.vocab_size), warps = std::clamp(tiles, 2, kMaxWarps);
   const int threads = warps * kWarp;
   if (kernel == 1 && a.base.spec_length == 0 && !a.filters()) {  // as launch_from_logits chooses
     const auto body = [&] { sample_kernel<T>(a, n); };

@@ -28,6 +28,7 @@
 #define threadIdx (::emulation::fiber().thread)
 #define blockIdx (::emulation::block().index)
 #define blockDim (::emulation::block().size)
+#define gridDim (::emulation::block().grid)
 
 namespace emulation {
 
@@ -64,7 +65,7 @@ struct Cluster {
 };
 
 struct Block {
-  Dim index, size;
+  Dim index, size, grid;
   int rank = 0;
   Cluster* cluster = nullptr;
   Rendezvous meet;
@@ -173,6 +174,7 @@ inline void launch(int blocks, int threads, int cluster_size, size_t shared_floa
       Block& b = running[rank];
       b.index.x = static_cast<unsigned>(first + rank);
       b.size.x = static_cast<unsigned>(threads);
+      b.grid.x = static_cast<unsigned>(blocks);
       b.rank = rank;
       b.cluster = &cluster;
       workers.emplace_back([&b, &kernel, seed] { run_block(b, kernel, seed + b.index.x); });
@@ -237,6 +239,10 @@ inline float half_to_float(uint16_t bits) {
   return bits & 0x8000 ? -value : value;
 }
 
+inline unsigned cluster_rank() { return emulation::block().rank; }
+inline unsigned cluster_index() {
+  return emulation::block().index.x / emulation::block().cluster->shared.size();
+}
 inline void cluster_arrive() {
   emulation::Cluster& cluster = *emulation::block().cluster;
   emulation::fiber().cluster_generation = cluster.generation;
@@ -245,6 +251,7 @@ inline void cluster_arrive() {
     ++cluster.generation;
   }
 }
+inline void cluster_start() { cluster_arrive(); }
 inline void cluster_wait() {
   emulation::Cluster& cluster = *emulation::block().cluster;
   while (cluster.generation == emulation::fiber().cluster_generation) emulation::yield();

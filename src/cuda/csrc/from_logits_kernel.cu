@@ -46,22 +46,20 @@ __device__ __forceinline__ float warp_max(float value) {
 // One warp: the statistics of a tile, in every lane.
 template <typename T>
 __device__ __forceinline__ TileStats warp_tile_stats(const T* x, int tile, int vocab_size,
-                                                     bool is_aligned, float scale, float threshold,
+                                                     bool vectors, float scale, float threshold,
                                                      int lane) {
   const int begin = tile * kTile + lane * kVector<T>;
-  const int left = vocab_size - begin;
   Share<T, float> w;
-  if (is_aligned && (tile + 1) * kTile <= vocab_size) {
+  read_tile(tile, begin, vocab_size, vectors, [&](int left, bool by_vector) {
     Share<T, T> raw;
-    load_share(x + begin, raw);
+    load_share(x + begin, left, by_vector, raw);
     const T* values = &raw.value[0][0];
     int at = 0;
-    w.each([&](float& w_i, int) { w_i = static_cast<float>(values[at++]); });
-  } else {
     w.each([&](float& w_i, int i) {
-      w_i = i < left ? static_cast<float>(read_argument(x + begin + i)) : kNegativeInfinity;
+      const float x_i = static_cast<float>(values[at++]);
+      w_i = i < left ? x_i : kNegativeInfinity;
     });
-  }
+  });
   float largest = kNegativeInfinity;
   w.each([&](float& w_i, int) {
     const float logit = finite_logit(w_i);
@@ -88,8 +86,9 @@ __global__ void __launch_bounds__(kMaxWarps* kWarp, kResidentBlocks)
   const LogitsRowAt<T> at = locate_row<T>(a, row);
   if (!at.x || tile >= tiles) return;
   const float threshold = thresholds ? thresholds[row] : kNegativeInfinity;
-  const TileStats tile_stats = warp_tile_stats(at.x, tile, vocab_size, aligned<T>(at.x, nullptr),
-                                               a.scale(at.b), threshold, lane);
+  const TileStats tile_stats =
+      warp_tile_stats(at.x, tile, vocab_size, by_vectors<T>(at.x, nullptr, vocab_size),
+                      a.scale(at.b), threshold, lane);
   if (lane == 0) stats[row * tiles + tile] = tile_stats;
 }
 
@@ -295,7 +294,8 @@ __global__ void __launch_bounds__(kMaxWarps* kWarp, 1)
     logits_kernel(const LogitsParams a, int blocks_per_row, const TileStats* stats,
                   const float* thresholds, float* workspace) {
   FR_DYNAMIC_SHARED(double, shared);  // the table, reach [K + 1], in a cluster TileSums
-  const int64_t b = blockIdx.x / blocks_per_row;
+  const Place place = place_of<step>(blocks_per_row);
+  const int64_t b = place.b;
   const int tiles = num_tiles(a.base.vocab_size);
   RowSummary* table = reinterpret_cast<RowSummary*>(shared);
   double* reach = reinterpret_cast<double*>(table + 2 * a.base.spec_length + 1);
@@ -303,18 +303,18 @@ __global__ void __launch_bounds__(kMaxWarps* kWarp, 1)
   if (step == Step::kInCluster) {
     sums.pending = reinterpret_cast<uint64_t*>(reach + (block ? a.base.spec_length + 1 : 0));
     sums.sums = reinterpret_cast<float*>(sums.pending + 2);
-    if (!block && threadIdx.x == 0) expect_sums(sums, tiles);
-    cluster_arrive();
+    if (!block && threadIdx.x == blockDim.x - 1) expect_sums(sums, tiles);
+    cluster_start();
   }
   summarize_request<T>(a, b, stats, thresholds, table);
   const LogitsRequest<T, TableSummaries> request(a, b, {table, a.base.spec_length});
-  if (step != Step::kSum && a.logsumexp && blockIdx.x % blocks_per_row == 0 && threadIdx.x == 0) {
+  if (step != Step::kSum && a.logsumexp && place.rank == 0 && threadIdx.x == 0) {
     a.logsumexp[b] = table[request.drafts > 0 ? request.drafts : 0].logsumexp;
   }
   if (block) {
-    sample_block<step>(request, blocks_per_row, sums.sums, reach);
+    sample_block<step>(request, place.rank, blocks_per_row, sums.sums, reach);
   } else {
-    sample_request<step>(request, blocks_per_row, sums);
+    sample_request<step>(request, place.rank, blocks_per_row, sums);
   }
 }
 
@@ -328,19 +328,18 @@ __global__ void __launch_bounds__(kMaxWarps* kWarp, kResidentBlocks)
   if (threadIdx.x == 0) {
     expect_bytes(pending, num_tiles(a.base.vocab_size) * static_cast<int>(sizeof(TileStats)));
   }
-  cluster_arrive();
+  cluster_start();
   const int lane = threadIdx.x % kWarp, warp = threadIdx.x / kWarp, warps = blockDim.x / kWarp;
-  const int64_t b = blockIdx.x / blocks_per_row;
-  const int rank = blockIdx.x % blocks_per_row;
+  const auto [b, rank] = place_of<Step::kInCluster>(blocks_per_row);
   const int vocab_size = static_cast<int>(a.base.vocab_size), tiles = num_tiles(vocab_size);
   const Request<T> request(a.base, b);
   const T* x = request.target_row(0);
-  const bool is_aligned = aligned<T>(x, nullptr), greedy = a.is_greedy(b);
+  const bool vectors = by_vectors<T>(x, nullptr, vocab_size), greedy = a.is_greedy(b);
   const float scale = a.scale(b);
   cluster_wait();
   for (int tile = rank * warps + warp; tile < tiles; tile += warps * blocks_per_row) {
     const TileStats found =
-        warp_tile_stats(x, tile, vocab_size, is_aligned, scale, kNegativeInfinity, lane);
+        warp_tile_stats(x, tile, vocab_size, vectors, scale, kNegativeInfinity, lane);
     if (lane < blocks_per_row) {
       send_to_block(shared + 2 * tile, pending, lane, found.largest);
       send_to_block(shared + 2 * tile + 1, pending, lane, found.sum);

@@ -64,16 +64,16 @@ __global__ void __launch_bounds__(kMaxWarps* kWarp, kResidentBlocks)
     fused_kernel(const Params a, int blocks_per_row, float* workspace) {
   FR_DYNAMIC_SHARED(uint64_t, shared);  // where there is no workspace: `pending`, then `sums`
   const int tiles = num_tiles(a.vocab_size);
-  const int64_t b = blockIdx.x / blocks_per_row;
-  TileSums sums{workspace + b * tiles, nullptr};
+  const Place place = place_of<step>(blocks_per_row);
+  TileSums sums{workspace + place.b * tiles, nullptr};
   if (step == Step::kInCluster || step == Step::kAlone) {
     sums = {reinterpret_cast<float*>(shared + 2), shared};
   }
   if (step == Step::kInCluster) {
-    if (threadIdx.x == 0) expect_sums(sums, tiles);
-    cluster_arrive();
+    if (threadIdx.x == blockDim.x - 1) expect_sums(sums, tiles);
+    cluster_start();
   }
-  sample_request<step>(ProbsRequest<T>(a, b), blocks_per_row, sums);
+  sample_request<step>(ProbsRequest<T>(a, place.b), place.rank, blocks_per_row, sums);
 }
 
 // Block verification. `workspace` as above where there are no clusters; one block a row then.
@@ -81,11 +81,12 @@ template <typename T, Step step>
 __global__ void __launch_bounds__(kMaxWarps* kWarp, 1)
     block_kernel(const Params a, int blocks_per_row, float* workspace) {
   FR_DYNAMIC_SHARED(double, shared);  // reach [K + 1], then, in a cluster, tile sums [2][tiles]
-  if (step == Step::kInCluster) cluster_arrive();
-  const ProbsRequest<T> request(a, blockIdx.x / blocks_per_row);
+  if (step == Step::kInCluster) cluster_start();
+  const Place place = place_of<step>(blocks_per_row);
+  const ProbsRequest<T> request(a, place.b);
   float* sums = step == Step::kInCluster ? reinterpret_cast<float*>(shared + a.spec_length + 1)
                                          : workspace + request.b * num_tiles(a.vocab_size);
-  sample_block<step>(request, blocks_per_row, sums, shared);
+  sample_block<step>(request, place.rank, blocks_per_row, sums, shared);
 }
 
 }  // namespace

@@ -45,7 +45,10 @@ cudaError_t for_dtype(Dtype dtype, const Args&... args) {
   return cudaErrorInvalidValue;
 }
 
-int warps_per_block(int64_t vocab_size) { return std::min(num_tiles(vocab_size), kMaxWarps); }
+// Two at least: one stores the decision while another searches.
+int warps_per_block(int64_t vocab_size) {
+  return std::min(std::max(num_tiles(vocab_size), 2), kMaxWarps);
+}
 
 cudaLaunchAttribute cluster_of(int blocks) {
   cudaLaunchAttribute attribute = {};

@@ -25,6 +25,30 @@ __device__ __forceinline__ float half_to_float(uint16_t bits) {
 }
 
 // Clusters exist from sm_90 on. Below it these are never reached: plan_fused chooses a workspace.
+
+// This block's place in its cluster, and its cluster's in the grid.
+__device__ __forceinline__ unsigned cluster_rank() {
+  unsigned rank = 0;
+#if __CUDA_ARCH__ >= 900
+  asm("mov.u32 %0, %%cluster_ctarank;" : "=r"(rank));
+#endif
+  return rank;
+}
+__device__ __forceinline__ unsigned cluster_index() {
+  unsigned index = 0;
+#if __CUDA_ARCH__ >= 900
+  asm("mov.u32 %0, %%clusterid.x;" : "=r"(index));
+#endif
+  return index;
+}
+
+// Says that this block has started, before any cluster_wait(); publishes nothing but expect_bytes.
+__device__ __forceinline__ void cluster_start() {
+#if __CUDA_ARCH__ >= 900
+  asm volatile("barrier.cluster.arrive.relaxed.aligned;" ::: "memory");
+#endif
+}
+
 __device__ __forceinline__ void cluster_arrive() {
 #if __CUDA_ARCH__ >= 900
   asm volatile("barrier.cluster.arrive.release.aligned;" ::: "memory");
@@ -48,7 +72,7 @@ __device__ __forceinline__ void store_to_block(float* shared, int rank, float va
 }
 
 // A count of the bytes that send_to_block is still to bring, in shared memory. One thread sets it,
-// once, before its cluster_arrive.
+// once, before its cluster_start.
 __device__ __forceinline__ void expect_bytes(uint64_t* pending, int bytes) {
 #if __CUDA_ARCH__ >= 900
   const uint32_t here = static_cast<uint32_t>(__cvta_generic_to_shared(pending));
@@ -75,7 +99,8 @@ __device__ __forceinline__ void send_to_block(float* shared, uint64_t* pending, 
 #endif
 }
 
-// Waits until every byte is there.
+// Waits until every byte is there. Not .acquire.cluster, which would also empty the L1 cache: what
+// arrives is this block's own shared memory.
 __device__ __forceinline__ void wait_for_bytes(uint64_t* pending) {
 #if __CUDA_ARCH__ >= 900
   const uint32_t here = static_cast<uint32_t>(__cvta_generic_to_shared(pending));
@@ -83,7 +108,7 @@ __device__ __forceinline__ void wait_for_bytes(uint64_t* pending) {
   while (!done) {
     asm volatile(
         "{\n .reg .pred p;\n"
-        " mbarrier.try_wait.parity.acquire.cluster.shared::cta.b64 p, [%1], 0;\n"
+        " mbarrier.try_wait.parity.shared::cta.b64 p, [%1], 0;\n"
         " selp.u32 %0, 1, 0, p;\n}"
         : "=r"(done)
         : "r"(here)
@@ -112,6 +137,7 @@ constexpr int kResidentBlocks = 1;
 #else
 constexpr int kResidentBlocks = 2;
 #endif
+constexpr unsigned kIdleGrid = 64;  // blocks
 constexpr unsigned kAllLanes = 0xFFFFFFFFu;
 
 struct BFloat16 {
@@ -138,9 +164,11 @@ struct alignas(16) Vector {
 template <typename Row>
 using ElementOf = std::remove_cv_t<std::remove_pointer_t<decltype(Row::p)>>;
 
+// Whether rows can be read 16 bytes at a time, the last one's end too.
 template <typename T>
-__device__ __forceinline__ bool aligned(const T* p, const T* q) {
-  return ((reinterpret_cast<uintptr_t>(p) | reinterpret_cast<uintptr_t>(q)) & 15) == 0;
+__device__ __forceinline__ bool by_vectors(const T* p, const T* q, int vocab_size) {
+  const uintptr_t bits = reinterpret_cast<uintptr_t>(p) | reinterpret_cast<uintptr_t>(q);
+  return (bits & 15) == 0 && vocab_size % kVector<T> == 0;
 }
 
 // A lane's share of a tile: vectors l, l + 32, ... for lane l, so that the step w[m] + w[m + 256]
@@ -184,47 +212,67 @@ __device__ __forceinline__ float warp_sum(Share<T, float>& w) {
   return vectors == 4 ? w.value[0][0] + w.value[1][0] : w.value[0][0];
 }
 
-// Reads a lane's share of 16-byte aligned memory.
+// Reads a lane's share of a tile, of which `left` elements exist from the lane's first; the others
+// become 0. No load waits for another.
 template <typename T>
-__device__ __forceinline__ void load_share(const T* from, Share<T, T>& share) {
+__device__ __forceinline__ void load_share(const T* from, int left, bool vectors,
+                                           Share<T, T>& share) {
 #pragma unroll
   for (int j = 0; j < kVectors<T>; ++j) {
-    const auto v = read_argument(reinterpret_cast<const Vector<T>*>(from + j * kWarp * kVector<T>));
+    const int at = j * kWarp * kVector<T>;
+    Vector<T> v = {};
+    if (vectors) {
+      if (at < left) v = read_argument(reinterpret_cast<const Vector<T>*>(from + at));
+    } else {
+#pragma unroll
+      for (int e = 0; e < kVector<T>; ++e) {
+        if (at + e < left) v.value[e] = read_argument(from + at + e);
+      }
+    }
 #pragma unroll
     for (int e = 0; e < kVector<T>; ++e) share.value[j][e] = v.value[e];
   }
 }
 
-// One warp: a tile's weights, each lane its share.
+// One warp: calls read(left, vectors) for a tile, `left` being kTile or more, at compile time, for
+// a tile that is whole.
+template <typename Read>
+__device__ __forceinline__ void read_tile(int tile, int begin, int vocab_size, bool vectors,
+                                          const Read& read) {
+  if (vectors && (tile + 1) * kTile <= vocab_size) {
+    read(kTile, true);
+  } else {
+    read(vocab_size - begin, vectors);
+  }
+}
+
+// One warp: a tile's weights, each lane its share. `vectors`: by_vectors of the row.
 template <typename Row>
-__device__ __forceinline__ void load_weights(const Row& row, int tile, int vocab_size,
-                                             bool is_aligned, int lane,
-                                             Share<ElementOf<Row>, float>& w) {
+__device__ __forceinline__ void load_weights(const Row& row, int tile, int vocab_size, bool vectors,
+                                             int lane, Share<ElementOf<Row>, float>& w) {
   using T = ElementOf<Row>;
   const int begin = tile * kTile + lane * kVector<T>;
   const Row here = row.from(begin);
-  const int left = vocab_size - begin;
-  if (is_aligned && (tile + 1) * kTile <= vocab_size) {
+  read_tile(tile, begin, vocab_size, vectors, [&](int left, bool by_vector) {
     Share<T, T> p, q;
-    load_share(here.p, p);
+    load_share(here.p, left, by_vector, p);
     const T* p_values = &p.value[0][0];
+    int at = 0;
     if (here.q) {
-      load_share(here.q, q);
+      load_share(here.q, left, by_vector, q);
       const T* q_values = &q.value[0][0];
-      int at = 0;
-      w.each([&](float& w_i, int) {
-        w_i = here.with_draft(static_cast<float>(p_values[at]), static_cast<float>(q_values[at]));
+      w.each([&](float& w_i, int i) {
+        const float p_i = static_cast<float>(p_values[at]), q_i = static_cast<float>(q_values[at]);
         ++at;
+        w_i = i < left ? here.with_draft(p_i, q_i) : 0.0f;
       });
     } else {
-      int at = 0;
       w.each([&](float& w_i, int i) {
-        w_i = here.without_draft(static_cast<float>(p_values[at++]), i);
+        const float p_i = static_cast<float>(p_values[at++]);
+        w_i = i < left ? here.without_draft(p_i, i) : 0.0f;
       });
     }
-  } else {
-    w.each([&](float& w_i, int i) { w_i = i < left ? weight_at(here, i) : 0.0f; });
-  }
+  });
 }
 
 // One warp: brings a tile's lines of both rows into the L2 cache.
@@ -282,10 +330,13 @@ __device__ __forceinline__ Pick warp_pick_in_span(const Span& span, const Item& 
   for (int first = span.begin; first < span.end; first += kWarp) {
     const int count = span.end - first < kWarp ? span.end - first : kWarp;
     const auto w = lane < count ? item(first + lane) : 0;
-#pragma unroll 8
-    for (int j = 0; j < count; ++j) {
-      const double other = __shfl_sync(kAllLanes, w, j);
-      if (j < lane) before += other;
+    constexpr int n = 8;
+    for (int some = 0; some < count; some += n) {
+#pragma unroll
+      for (int j = some; j < some + n; ++j) {
+        const double other = __shfl_sync(kAllLanes, w, j);
+        before += j < lane ? other : 0.0;
+      }
     }
     const unsigned weighted = __ballot_sync(kAllLanes, w > 0);
     const unsigned crossing = __ballot_sync(kAllLanes, w > 0 && before + w > rest);
@@ -333,7 +384,7 @@ __device__ __forceinline__ int warp_pick_token(const Row& row, const Pick& tile,
   __shared__ float weights[kTile + kTile / length];
   const auto place = [](int m) { return m + m / length; };  // one bank for each lane's span
   Share<T, float> w;
-  load_weights(row, tile.item, vocab_size, aligned(row.p, row.q), lane, w);
+  load_weights(row, tile.item, vocab_size, by_vectors(row.p, row.q, vocab_size), lane, w);
   w.each([&](float w_i, int i) { weights[place(lane * kVector<T> + i)] = w_i; });
   __syncwarp();
   const auto weight_in_tile = [&](int m) { return weights[place(m)]; };
@@ -366,8 +417,10 @@ __device__ __forceinline__ Decision<typename Request::Row> warp_decide(const Req
   const Params& a = *request.params;
   for (int64_t first = 0;; first += kWarp) {
     const int64_t k = first + lane;
-    const int64_t id = k < request.drafts ? request.id(k) : kPlaceholderTokenId;
-    const bool accepted = request.accepts_draft(k, id, [&] { return uniform(a, request.b, k); });
+    const bool is_draft = k < request.drafts;
+    const int64_t id = is_draft ? request.id(k) : kPlaceholderTokenId;
+    const float u = is_draft ? uniform(a, request.b, k) : 0.0f;  // while the id is on its way
+    const bool accepted = request.accepts_draft(k, id, [&] { return u; });
     const unsigned stops = __ballot_sync(kAllLanes, !accepted);
     if (stops) {
       const int stop = __ffs(stops) - 1;
@@ -381,6 +434,19 @@ __device__ __forceinline__ Decision<typename Request::Row> warp_decide(const Req
 // stream orders them.
 enum class Step { kInCluster, kAlone, kSum, kSelect };
 
+// Which request a block works on, and which of its blocks it is.
+struct Place {
+  int64_t b;
+  int rank;
+};
+
+template <Step step>
+__device__ __forceinline__ Place place_of(int blocks_per_row) {
+  if (step == Step::kInCluster) return {cluster_index(), static_cast<int>(cluster_rank())};
+  if (step == Step::kSum) return {blockIdx.x / blocks_per_row, blockIdx.x % blocks_per_row};
+  return {blockIdx.x, 0};
+}
+
 // Where tile sums meet.
 struct TileSums {
   float* sums;  // in a cluster [2][tiles] of this block's shared memory, a half for each of two
@@ -388,7 +454,7 @@ struct TileSums {
   uint64_t* pending;  // [2] in a cluster: what each half still waits for
 };
 
-// One thread of a cluster's block, before its first cluster_arrive().
+// One thread of a cluster's block, before its cluster_start().
 __device__ __forceinline__ void expect_sums(const TileSums& all, int tiles) {
   for (int pass = 0; pass < 2; ++pass) {
     expect_bytes(all.pending + pass, tiles * static_cast<int>(sizeof(float)));
@@ -397,24 +463,27 @@ __device__ __forceinline__ void expect_sums(const TileSums& all, int tiles) {
 
 // This block's share of a row's tile sums. `tell(tile, sum)` is called by a whole warp.
 template <typename Row, typename Tell>
-__device__ __forceinline__ void sweep(const Row& row, int blocks_per_row, int vocab_size,
+__device__ __forceinline__ void sweep(const Row& row, int rank, int blocks_per_row, int vocab_size,
                                       const Tell& tell) {
   const int lane = threadIdx.x % kWarp, warp = threadIdx.x / kWarp, warps = blockDim.x / kWarp;
-  const int rank = blockIdx.x % blocks_per_row, tiles = num_tiles(vocab_size);
+  const int tiles = num_tiles(vocab_size);
   const int step = warps * blocks_per_row;
-  const bool is_aligned = aligned(row.p, row.q);
+  const bool vectors = by_vectors(row.p, row.q, vocab_size);
+  // Where the card is mostly idle a second tile need not wait for the first; else it would get in
+  // the way of other warps' loads.
+  const bool ahead = gridDim.x <= kIdleGrid;
   for (int tile = rank * warps + warp; tile < tiles; tile += step) {
-    if (tile + step < tiles) prefetch_tile(row, tile + step, vocab_size, lane);
+    if (ahead && tile + step < tiles) prefetch_tile(row, tile + step, vocab_size, lane);
     Share<ElementOf<Row>, float> w;
-    load_weights(row, tile, vocab_size, is_aligned, lane, w);
+    load_weights(row, tile, vocab_size, vectors, lane, w);
     tell(tile, warp_sum(w));
   }
 }
 
-// The body of a kernel whose grid has blocks_per_row blocks a request. In a cluster expect_sums()
-// and, by every thread, cluster_arrive() have been called before.
+// The body of a kernel whose grid has blocks_per_row blocks a request, of which this one is `rank`.
+// In a cluster expect_sums() and, by every thread, cluster_start() have been called before.
 template <Step step, typename Request>
-__device__ __forceinline__ void sample_request(const Request& request, int blocks_per_row,
+__device__ __forceinline__ void sample_request(const Request& request, int rank, int blocks_per_row,
                                                const TileSums& all) {
   using Row = typename Request::Row;
   __shared__ Decision<Row> decision;
@@ -423,16 +492,15 @@ __device__ __forceinline__ void sample_request(const Request& request, int block
 
   const Params& a = *request.params;
   const int lane = threadIdx.x % kWarp, warp = threadIdx.x / kWarp, warps = blockDim.x / kWarp;
-  const int64_t b = request.b;
-  const int rank = blockIdx.x % blocks_per_row;
   const int vocab_size = static_cast<int>(a.vocab_size), tiles = num_tiles(vocab_size);
+  const bool is_last = warp == warps - 1;
+  if (is_last) {
+    const float u = uniform(a, request.b, a.spec_length);
+    if (lane == 0) recovery_uniform = u;
+  }
   if (warp == 0) {
-    const float u = uniform(a, b, a.spec_length);
     const Decision<Row> decided = warp_decide(request, lane);
-    if (lane == 0) {
-      decision = decided;
-      recovery_uniform = u;
-    }
+    if (lane == 0) decision = decided;
   }
   __syncthreads();
   // No block writes into another's shared memory before that block has started.
@@ -440,19 +508,25 @@ __device__ __forceinline__ void sample_request(const Request& request, int block
 
   const int64_t accepted = decision.accepted;
   Row row = decision.row;
-  if (step != Step::kSum && rank == 0 && warp == warps - 1) {
+  // All but the drawn token. By one warp, once it has swept: what waits for memory comes first.
+  const auto store_decision = [&] {
+    if (step == Step::kSum || rank != 0 || !is_last) return;
     for (int64_t k = lane; k <= a.spec_length; k += kWarp) {
       if (k != accepted) request.store(k, k < accepted ? request.id(k) : kPlaceholderTokenId);
     }
-    if (lane == 0) {
-      a.num_accepted[b] = static_cast<int32_t>(accepted);
-      if (row.fixed_token >= 0) request.store(accepted, row.fixed_token);
+    if (lane == 0) a.num_accepted[request.b] = static_cast<int32_t>(accepted);
+  };
+  if (row.fixed_token >= 0) {
+    store_decision();
+    if (step != Step::kSum && rank == 0 && threadIdx.x == 0) {
+      request.store(accepted, row.fixed_token);
     }
+    return;
   }
-  if (row.fixed_token >= 0) return;
 
   for (int pass = 0; pass < 2; ++pass) {
     if (row.from_stats()) {
+      if (pass == 0) store_decision();
       if (step != Step::kSum && rank == 0 && warp == 0) {
         const int token = warp_draw_from_stats(row, vocab_size, recovery_uniform, lane);
         if (lane == 0) request.store(accepted, token);
@@ -461,7 +535,7 @@ __device__ __forceinline__ void sample_request(const Request& request, int block
     }
     float* sums = step == Step::kInCluster ? all.sums + pass * tiles : all.sums;
     if (step != Step::kSelect || pass > 0) {
-      sweep(row, blocks_per_row, vocab_size, [&](int tile, float sum) {
+      sweep(row, rank, blocks_per_row, vocab_size, [&](int tile, float sum) {
         if (step == Step::kInCluster) {
           if (lane < blocks_per_row) send_to_block(sums + tile, all.pending + pass, lane, sum);
         } else if (lane == 0) {
@@ -470,6 +544,7 @@ __device__ __forceinline__ void sample_request(const Request& request, int block
       });
     }
     if (step == Step::kSum) return;
+    if (pass == 0) store_decision();
     if (step != Step::kInCluster) __syncthreads();
     if (warp == 0) {
       if (step == Step::kInCluster) wait_for_bytes(all.pending + pass);
@@ -523,7 +598,7 @@ __device__ __forceinline__ int64_t warp_reach(const Request& request, double* re
 // for K + 1 numbers. Not split over launches: without clusters it runs as kSelect, one block a
 // request.
 template <Step step, typename Request>
-__device__ __forceinline__ void sample_block(const Request& request, int blocks_per_row,
+__device__ __forceinline__ void sample_block(const Request& request, int rank, int blocks_per_row,
                                              float* all_sums, double* reach) {
   using Row = ReachRow<typename Request::Row>;
   __shared__ Row shared_row;
@@ -534,7 +609,6 @@ __device__ __forceinline__ void sample_block(const Request& request, int blocks_
   const Params& a = *request.params;
   const int lane = threadIdx.x % kWarp, warp = threadIdx.x / kWarp;
   const int64_t b = request.b;
-  const int rank = blockIdx.x % blocks_per_row;
   const int vocab_size = static_cast<int>(a.vocab_size), tiles = num_tiles(vocab_size);
   const float u = uniform(a, b, a.spec_length);
 
@@ -568,7 +642,7 @@ __device__ __forceinline__ void sample_block(const Request& request, int blocks_
     float* sums = step == Step::kInCluster ? all_sums + (pass & 1) * tiles : all_sums;
     const bool swept = row.fixed_token < 0 && !row.from_stats();
     if (swept) {
-      sweep(row, blocks_per_row, vocab_size, [&](int tile, float sum) {
+      sweep(row, rank, blocks_per_row, vocab_size, [&](int tile, float sum) {
         if (step == Step::kInCluster) {
           if (lane < blocks_per_row) store_to_block(sums + tile, lane, sum);
         } else if (lane == 0) {
