@@ -172,7 +172,7 @@ class ReplaysNothing(CallsWithoutAGraph):
 
 
 def gpu_rows(monkeypatch, calls, functions, readers=None):
-    def times(captured, backlog, *, runs):
+    def times(captured, backlog, *, runs, budget_s):
         return {name: [10.0, 20.0, 30.0] for name in captured}
 
     monkeypatch.setattr(timing, "CapturedCalls", calls)

@@ -67,13 +67,15 @@ def contestant(sampler, device: str, *, exact: bool = True) -> Contestant:
 
 class Problem(NamedTuple):
     """What is sampled: how inputs for a workload are made, what the oracle says about them, what
-    that says about the workload, and the functions whose best is its floor."""
+    that says about the workload, and the functions whose best is its floor. rows_touched: V-rows of
+    a request that any sampler has to read, at least."""
 
     make_inputs: Callable[[Workload, str, int], dict]
     expected: Callable[[dict], oracle.OracleOutput]
     facts: Callable[[Workload, list], dict]
     floors: Callable[[list[dict], list], dict[str, Callable]]
     epsilon: float | None = None  # of oracle.disagreements
+    rows_touched: int = 1
 
     def judge(self, entrant: Contestant, copies: list[dict], expected: list) -> Judge:
         """A function of outputs and, unless they are of the copies in their order, of the numbers
@@ -132,7 +134,8 @@ def run(
 
     problem: PROBABILITIES unless given.
     leave_out: the reason for which an entrant has no place in a workload, or None.
-    budget_s: after this many seconds a workload's latencies are measured no further.
+    budget_s: after this many seconds a workload's latencies are measured no further; its GPU and
+        host times after half as many.
     copy_gb_s: of this run, to notice on a GPU that somebody else uses it.
     """
     rows = []
@@ -183,7 +186,8 @@ def _measure(
     if not runnable:
         return list(rows.values())
     try:
-        copies = workloads.make_copies(workload, device, seed, problem.make_inputs)
+        make, touched = problem.make_inputs, problem.rows_touched
+        copies = workloads.make_copies(workload, device, seed, make, touched)
         backlog = timing.make_backlog(device)
         expected = [problem.expected(inputs) for inputs in copies]
     except (workloads.TooLarge, torch.OutOfMemoryError, MemoryError) as error:
@@ -192,7 +196,8 @@ def _measure(
         return list(rows.values())
     facts = problem.facts(workload, expected)
     facts["copies"] = len(copies)
-    facts["cold"] = workloads.are_cold(workload, len(copies)) if device == "cuda" else None
+    cold = device == "cuda" and workloads.are_cold(workload, len(copies), problem.rows_touched)
+    facts["cold"] = cold if device == "cuda" else None
     judges = {name: problem.judge(entrant, copies, expected) for name, entrant in runnable.items()}
     for name, entrant in runnable.items():
         rows[name].update(facts)
@@ -215,7 +220,8 @@ def _measure(
         latencies, last = timing.latencies(passing(), copies, device, **clock)
         if device == "cuda":
             queueing = {n: f for n, f in passing().items() if runnable[n].capturable}
-            for name, summary in timing.host_times(queueing, copies, device).items():
+            budget = {"budget_s": clock["budget_s"] / 2}
+            for name, summary in timing.host_times(queueing, copies, device, **budget).items():
                 rows[name]["host_us"] = summary
     except Exception as error:
         # Turns are shared, so who raised is not known; every row says what happened.
@@ -232,7 +238,7 @@ def _measure(
     if device == "cuda":
         candidates = {n: f for n, f in passing().items() if runnable[n].capturable}
         readers = problem.floors(copies, expected)
-        _add_gpu_times(rows, candidates, judges, readers, copies, backlog)
+        _add_gpu_times(rows, candidates, judges, readers, copies, backlog, clock["budget_s"] / 2)
     _add_speedups(rows)
     return list(rows.values())
 
@@ -249,7 +255,7 @@ def _prepared(entrant: Contestant, copies: list[dict]) -> Callable:
     return call
 
 
-def _add_gpu_times(rows, candidates, judges, readers, copies, backlog) -> None:
+def _add_gpu_times(rows, candidates, judges, readers, copies, backlog, budget_s=10.0) -> None:
     captured = {}
     for name, function in {**candidates, **readers}.items():
         latency = rows[name]["latency_us"]["median"] if name in rows else None
@@ -265,7 +271,7 @@ def _add_gpu_times(rows, candidates, judges, readers, copies, backlog) -> None:
             _stop(rows[name], "failed", f"in a CUDA graph: {wrong}")
         else:
             captured[name] = calls
-    times = timing.gpu_times(captured, backlog, runs=GRAPH_REPLAYS)
+    times = timing.gpu_times(captured, backlog, runs=GRAPH_REPLAYS, budget_s=budget_s)
     state = environment.gpu_state()
     medians = [timing.summary(times.pop(name))["median"] for name in readers if name in times]
     floor_us = min(medians, default=None)
