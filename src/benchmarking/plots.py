@@ -91,7 +91,7 @@ def losslessness(result: dict, path: Path) -> None:
     titles = {
         shares: ("probability in the target", "share of first tokens"),
         variation: ("total variation that chance gives", "total variation"),
-        tails: ("expected p-value", "p-value"),
+        tails: ("p-value", "p-value"),
     }
     for panel, (x, y) in titles.items():
         panel.set(xscale="log", yscale="log", xlabel=f"expected: {x}", ylabel=f"observed: {y}")
