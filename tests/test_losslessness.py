@@ -121,6 +121,11 @@ def test_a_token_outside_the_vocabulary_fails():
     assert row["status"] == "failed" and "cannot be emitted" in row["reason"]
 
 
+def test_too_few_draws_are_no_verdict():
+    row = judged(vectorized, batch_size=2, draws=4)
+    assert row["status"] == "skipped" and "too few to judge" in row["reason"]
+
+
 def test_a_fault_in_one_row_fails_after_bonferroni_over_many():
     rows = [judged(vectorized, draws=4000) | {"status": "ok"} for _ in range(5)]
     rows.append(judged(swap_p_and_q) | {"status": "ok"})

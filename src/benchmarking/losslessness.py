@@ -412,7 +412,8 @@ def empty_row(entrant: Entrant, cell: Cell) -> dict:
 
 
 def judge(rows: list[dict]) -> None:
-    """Sets `least_p` and fails the rows whose least p-value is below ALPHA over all tests."""
+    """Sets `least_p`, fails the rows whose least p-value is below ALPHA over all tests, and skips
+    those without draws enough for a test."""
     threshold = ALPHA / max(1, losslessness_tables.count_tests(rows))
     for row in rows:
         if row["status"] != "ok":
@@ -421,7 +422,8 @@ def judge(rows: list[dict]) -> None:
         if row["impossible"]:
             row.update(status="failed", reason=f"{row['impossible']} tokens that cannot be emitted")
         elif row["least_p"] is None:
-            row.update(status="failed", reason=f"{row['draws']} draws are too few to judge")
+            why = f"{row['draws']} draws are too few to judge: a larger --budget gives more"
+            row.update(status="skipped", reason=why)
         elif not row["least_p"] >= threshold:
             name = min(row["tests"], key=lambda test: row["tests"][test]["p"])
             why = f"test {name!r}: p = {row['least_p']:.1e}, below {threshold:.1e}"
