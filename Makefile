@@ -25,7 +25,7 @@ test: build
 	$(PY) -m pytest -q
 
 test-gpu: build
-	$(PY) -m pytest -q -m gpu
+	$(PY) -m pytest -q -m gpu --durations=10 -o faulthandler_timeout=100
 
 # NVIDIA's checkers over the kernels' tests of small shapes, without PyTorch's cache, which would hide a
 # read past the end of a tensor.
@@ -44,6 +44,8 @@ record: build
 	$(PY) -m src.benchmarking.kernel --peers
 	$(PY) -m src.benchmarking.logits
 	$(PY) profile_rejection_sampling.py
+	$(PY) -m src.benchmarking.losslessness
+	$(PY) -m src.benchmarking.soak
 	$(PY) -m src.benchmarking.report benchmark_results
 
 # Every script with tiny sizes, their page, and the README's tables against the recorded results.
@@ -53,6 +55,8 @@ smoke: build
 	$(PY) profile_rejection_sampling.py --smoke --output build/smoke
 	$(PY) -m src.benchmarking.kernel --smoke --output build/smoke
 	$(PY) -m src.benchmarking.logits --smoke --output build/smoke
+	$(PY) -m src.benchmarking.losslessness --smoke --output build/smoke
+	$(PY) -m src.benchmarking.soak --smoke --output build/smoke
 	$(PY) quick_demo.py --runs 5 --output build/smoke
 	$(PY) -m src.benchmarking.report build/smoke
 	$(PY) -m src.benchmarking.report --readme --check

@@ -10,4 +10,11 @@ settings.register_profile("recorded", max_examples=3000, print_blob=True, **_COM
 # make mutants wants to know that a case fails, not the smallest one.
 _NO_SHRINKING = [phase for phase in Phase if phase not in (Phase.shrink, Phase.explain)]
 settings.register_profile("mutants", settings.get_profile("ci"), phases=_NO_SHRINKING)
+# On a card each call waits for the device: there shrinking one failure takes minutes.
+settings.register_profile("gpu", settings.get_profile("mutants"))
 settings.load_profile("ci")
+
+
+def pytest_configure(config):
+    if config.getoption("markexpr") == "gpu" and not config.getoption("--hypothesis-profile"):
+        settings.load_profile("gpu")

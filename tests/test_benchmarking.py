@@ -2,6 +2,7 @@
 
 import json
 import os
+import time
 
 import numpy as np
 import pytest
@@ -172,7 +173,7 @@ class ReplaysNothing(CallsWithoutAGraph):
 
 
 def gpu_rows(monkeypatch, calls, functions, readers=None):
-    def times(captured, backlog, *, runs):
+    def times(captured, backlog, *, runs, budget_s):
         return {name: [10.0, 20.0, 30.0] for name in captured}
 
     monkeypatch.setattr(timing, "CapturedCalls", calls)
@@ -440,3 +441,21 @@ def test_a_card_that_is_slower_afterwards_warns_on_the_row(monkeypatch):
     assert row["warning"] is None
     sweep.run([TINY], entrants, "cuda", runs=1, seed=0, copy_gb_s=2000.0)
     assert "busy or throttled" in row["warning"] and "busy" in tables.notes([row])[0]
+
+
+def test_slow_calls_end_the_hosts_clock_at_its_budget():
+    slow = {"slow": lambda: time.sleep(0.005)}
+    found = timing.host_times(slow, [{}], "cpu", runs=1000, budget_s=0.02)
+    assert found["slow"]["n"] == timing.MIN_ROUNDS
+
+
+def test_copies_are_as_few_as_the_rows_that_are_read_allow(monkeypatch):
+    monkeypatch.setattr(workloads, "memory_budget", lambda device: 2**40)
+    monkeypatch.setattr(workloads, "l2_bytes", lambda: 60 * 2**20)
+    cell = Workload(1, 8, 128_256, "bfloat16")
+    counts = []
+    for rows_touched in (1, 2):
+        copies = workloads.make_copies(cell, "cuda", 0, lambda *cell: {}, rows_touched)
+        assert workloads.are_cold(cell, len(copies), rows_touched)
+        counts.append(len(copies))
+    assert counts[0] in (2 * counts[1], 2 * counts[1] - 1)

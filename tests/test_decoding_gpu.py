@@ -16,7 +16,7 @@ pytestmark = [
 ]
 PROMPTS = [[5, 6, 7, 8], [1], [9, 3, 9, 3, 9, 3, 2]]
 SEEDS = [1, 2, 3]
-NEW = 40
+NEW = 24
 
 
 def on_card(model):

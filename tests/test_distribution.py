@@ -11,21 +11,21 @@ DRAWS, VOCAB = 40_000, 8
 ALPHA = 1e-4
 
 
-def draw_tokens(sample, device="cpu"):
+def draw_tokens(sample, device="cpu", draws=DRAWS):
     g = torch.Generator().manual_seed(1)
     p = torch.tensor([0.30, 0.05, 0.20, 0.02, 0.18, 0.10, 0.12, 0.03])
     q = torch.tensor([0.10, 0.25, 0.05, 0.20, 0.10, 0.10, 0.05, 0.15])
     second = p.flip(0)
-    ids = torch.multinomial(q, 2 * DRAWS, replacement=True, generator=g).reshape(DRAWS, 2)
-    target = torch.stack([p, second, p]).expand(DRAWS, 3, VOCAB)
-    uniforms = torch.rand(DRAWS, 3, generator=g)
-    q = q.expand(DRAWS, 2, VOCAB)
+    ids = torch.multinomial(q, 2 * draws, replacement=True, generator=g).reshape(draws, 2)
+    target = torch.stack([p, second, p]).expand(draws, 3, VOCAB)
+    uniforms = torch.rand(draws, 3, generator=g)
+    q = q.expand(draws, 2, VOCAB)
     output = sample(*(t.to(device) for t in (ids, q, target)), uniforms=uniforms.to(device))
     return output.token_ids.cpu(), p, second
 
 
-def p_values(sample, device="cpu"):
-    tokens, p, second = draw_tokens(sample, device)
+def p_values(sample, device="cpu", draws=DRAWS):
+    tokens, p, second = draw_tokens(sample, device, draws)
     result = []
     for column, expected in ((0, p), (1, second)):
         emitted = tokens[:, column][tokens[:, column] >= 0]
@@ -37,7 +37,9 @@ def p_values(sample, device="cpu"):
 
 @on_every_device(COMPILED)
 def test_the_first_two_tokens_follow_the_target(name, device):
-    assert min(p_values(samplers.get(name).load(device), device)) > ALPHA
+    # The loop waits for the card several times a token.
+    draws = DRAWS // 10 if (name, device) == ("baseline", "cuda") else DRAWS
+    assert min(p_values(samplers.get(name).load(device), device, draws)) > ALPHA
 
 
 def accept_always(ids, q, p, *, uniforms):

@@ -214,10 +214,7 @@ def measure(args, cells: Sequence[Workload], **options) -> dict:
 def finish(args, result: dict, plot: Callable[[dict, Path], None] | None = None) -> int:
     """Writes .json, .md and, with `plot(result, path)`, .png; prints the table and what was
     skipped or failed. Returns the exit status: 1 where a check failed."""
-    results.write_atomically(args.path, results.dumps(result))
-    results.write_atomically(args.path.with_suffix(".md"), report.document(result))
-    if plot:
-        plot(result, args.path.with_suffix(".png"))
+    _save(args, result, plot)
     checked: dict[bool, dict] = {True: {}, False: {}}
     for row in result["rows"]:
         if row["status"] == "ok":
@@ -230,6 +227,24 @@ def finish(args, result: dict, plot: Callable[[dict, Path], None] | None = None)
     say(args, report.table(result))
     if args.old:
         say(args, "\n".join(["", f"Against {args.compare}:", *compare.lines(args.old, result)]))
+    return _end(args, result)
+
+
+def finish_untimed(args, result: dict, plot: Callable[[dict, Path], None]) -> int:
+    """finish for a result without times."""
+    _save(args, result, plot)
+    say(args, report.table(result))
+    return _end(args, result)
+
+
+def _save(args, result: dict, plot: Callable[[dict, Path], None] | None) -> None:
+    results.write_atomically(args.path, results.dumps(result))
+    results.write_atomically(args.path.with_suffix(".md"), report.document(result))
+    if plot:
+        plot(result, args.path.with_suffix(".png"))
+
+
+def _end(args, result: dict) -> int:
     repeated = compare.repeated(result["environment"])
     say(args, "\n".join(["", *repeated, *tables.notes(result["rows"]), f"Written: {args.path}"]))
     if args.json:

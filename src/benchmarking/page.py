@@ -39,13 +39,14 @@ _TITLES = {
 }
 # They stand in the notes, in tables of their own, or in the raw file only.
 _ELSEWHERE = {"sampler", "reason", "command", "warning", "copies", "exact", "bytes_without"}
+_ELSEWHERE |= {"tests", "points", "memory", "kinds", "growth_mib"}
 _INTRODUCTION = """Medians; a figure's p10, p90 and count show when the pointer rests on it.
 Latency is the host's clock from the call to the synchronised result, GPU time a call's share of a
 CUDA graph over inputs that do not fit the L2 cache, the floor a kernel that only reads the rows
 that matter. Every sampler was checked on the timed inputs before it was timed. A column's head
 sorts its table."""
 _STORY = ["quick_demo", "test_batch_sizes", "compare_vocab_sizes", "kernel", "from_logits"]
-_STORY += ["profile_rejection_sampling", "demo_with_real_llm"]
+_STORY += ["profile_rejection_sampling", "demo_with_real_llm", "losslessness", "soak"]
 
 
 def page(folder: Path) -> str:

@@ -70,6 +70,60 @@ def from_logits(result: dict, path: Path) -> None:
     _panels(result, path, rows, "workload", "{}")
 
 
+def losslessness(result: dict, path: Path) -> None:
+    """Observed against expected: shares of first tokens, total variation, and p-values."""
+    rows = [row for row in result["rows"] if row["tests"]]
+    figure, (shares, variation, tails) = plt.subplots(1, 3, figsize=(15, 5), layout="constrained")
+    by_label: dict[str, list[dict]] = {}
+    for row in rows:
+        by_label.setdefault(row["label"], []).append(row)
+    for i, (label, mine) in enumerate(by_label.items()):
+        style = {"color": f"C{i}", "s": 8, "marker": _MARKERS[i % len(_MARKERS)], "alpha": 0.6}
+        points = [point for row in mine for point in row["points"] if point[1] > 0]
+        shares.scatter(*zip(*points, strict=True), label=label, **style)
+        tests = [t for row in mine for t in row["tests"].values() if t.get("tv_expected")]
+        pairs = [(test["tv_expected"], test["tv"]) for test in tests]
+        if pairs:
+            variation.scatter(*zip(*pairs, strict=True), **style)
+        values = sorted(max(t["p"], 1e-300) for row in mine for t in row["tests"].values())
+        uniform = [(k + 0.5) / len(values) for k in range(len(values))]
+        tails.scatter(uniform, values, **style)
+    titles = {
+        shares: ("probability in the target", "share of first tokens"),
+        variation: ("total variation that chance gives", "total variation"),
+        tails: ("p-value", "p-value"),
+    }
+    for panel, (x, y) in titles.items():
+        panel.set(xscale="log", yscale="log", xlabel=f"expected: {x}", ylabel=f"observed: {y}")
+        panel.axline((0.1, 0.1), (1, 1), color="black", linewidth=0.8)
+        panel.grid(True, alpha=0.3)
+    env = result["environment"]
+    if env.get("tests"):
+        line = {"color": "black", "linestyle": "--", "linewidth": 0.8}
+        tails.axhline(env["alpha"] / env["tests"], label="fails below (Bonferroni)", **line)
+        tails.legend(fontsize=8)
+    if rows:
+        figure.legend(*shares.get_legend_handles_labels(), loc="outside lower center", ncols=4)
+    _save(figure, result, path, f"{sum(row['draws'] for row in rows):,} draws")
+
+
+def soak(result: dict, path: Path) -> None:
+    """Memory over calls, as it differs from the first sample."""
+    figure, panel = plt.subplots(figsize=(8, 5), layout="constrained")
+    for row in result["rows"]:
+        samples = row["memory"] or []
+        names = [name for name in (samples[0] if samples else {}) if name.endswith("_mib")]
+        for name in names:
+            values = [sample[name] - samples[0][name] for sample in samples]
+            label = f"{row['label']}: {name.removesuffix('_mib').replace('_', ' ')}"
+            panel.plot([sample["calls"] for sample in samples], values, label=label)
+    panel.set(xlabel="calls", ylabel="MiB more than at the first sample")
+    panel.grid(True, alpha=0.3)
+    if panel.get_legend_handles_labels()[1]:
+        panel.legend(fontsize=8)
+    _save(figure, result, path, "every call of a mixed pool of shapes, dtypes and layouts")
+
+
 def _panels(result: dict, path: Path, rows: list[dict], apart: str, title: str) -> None:
     clock = "gpu_us" if any(row["gpu_us"] for row in rows) else "latency_us"
     groups = list(dict.fromkeys(row[apart] for row in rows)) or [None]
@@ -130,8 +184,8 @@ def _time_over(result: dict, path: Path, axis: str, title: str) -> None:
     _save(figure, result, path)
 
 
-def _save(figure, result: dict, path: Path) -> None:
-    figure.suptitle(_caption(result), fontsize=9)
+def _save(figure, result: dict, path: Path, caption: str | None = None) -> None:
+    figure.suptitle(_caption(result, caption), fontsize=9)
     image = io.BytesIO()
     figure.savefig(image, format="png", dpi=120)
     plt.close(figure)
@@ -172,7 +226,9 @@ def _apart(values: list[int]) -> list[int]:
     return kept
 
 
-def _caption(result: dict) -> str:
+def _caption(result: dict, below: str | None = None) -> str:
+    if below is not None:
+        return "\n".join([*textwrap.wrap(tables.conditions(result), 72), below])
     first = result["rows"][0] if result["rows"] else {}
     shape = f"spec length {first.get('spec_length')}, {first.get('dtype')}, "
     shape += f"{first.get('acceptance')} acceptance; medians, shaded p10-p90"

@@ -14,6 +14,12 @@ from collections.abc import Callable
 from pathlib import Path
 
 from src.benchmarking import compare, environment, results
+from src.benchmarking.losslessness_tables import (
+    losslessness_table,
+    losslessness_words,
+    soak_table,
+    soak_words,
+)
 from src.benchmarking.profile_tables import profile_table
 from src.benchmarking.profile_tables import words as words_of_profile
 from src.benchmarking.tables import (
@@ -53,6 +59,8 @@ _TABLES: dict[str, Callable[[dict], str]] = {
     "kernel": kernel_table,
     "from_logits": logits_table,
     "profile_rejection_sampling": profile_table,
+    "losslessness": losslessness_table,
+    "soak": soak_table,
 }
 
 
@@ -60,6 +68,8 @@ _WORDS: dict[str, Callable[[dict], list[str]]] = {
     "kernel": kernel_words,
     "from_logits": logits_words,
     "profile_rejection_sampling": words_of_profile,
+    "losslessness": losslessness_words,
+    "soak": soak_words,
 }
 
 

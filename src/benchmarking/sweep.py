@@ -20,6 +20,7 @@ BASELINE = "baseline"
 # They read values back while they work, so no CUDA graph can hold them: latency only.
 SYNCHRONISING = {BASELINE}
 GRAPH_REPLAYS = 30
+MOST_S = 10.0
 FLOOR_BLOCKS = (1, 2, 4, 8, 16, 32, 64)
 
 
@@ -67,13 +68,15 @@ def contestant(sampler, device: str, *, exact: bool = True) -> Contestant:
 
 class Problem(NamedTuple):
     """What is sampled: how inputs for a workload are made, what the oracle says about them, what
-    that says about the workload, and the functions whose best is its floor."""
+    that says about the workload, and the functions whose best is its floor. rows_touched: V-rows of
+    a request that any sampler has to read, at least."""
 
     make_inputs: Callable[[Workload, str, int], dict]
     expected: Callable[[dict], oracle.OracleOutput]
     facts: Callable[[Workload, list], dict]
     floors: Callable[[list[dict], list], dict[str, Callable]]
     epsilon: float | None = None  # of oracle.disagreements
+    rows_touched: int = 1
 
     def judge(self, entrant: Contestant, copies: list[dict], expected: list) -> Judge:
         """A function of outputs and, unless they are of the copies in their order, of the numbers
@@ -132,7 +135,8 @@ def run(
 
     problem: PROBABILITIES unless given.
     leave_out: the reason for which an entrant has no place in a workload, or None.
-    budget_s: after this many seconds a workload's latencies are measured no further.
+    budget_s: after this many seconds a workload's latencies are measured no further, and neither
+        are its host times and its GPU times, which take at most MOST_S.
     copy_gb_s: of this run, to notice on a GPU that somebody else uses it.
     """
     rows = []
@@ -183,7 +187,8 @@ def _measure(
     if not runnable:
         return list(rows.values())
     try:
-        copies = workloads.make_copies(workload, device, seed, problem.make_inputs)
+        make, touched = problem.make_inputs, problem.rows_touched
+        copies = workloads.make_copies(workload, device, seed, make, touched)
         backlog, stall = timing.make_backlog(device), timing.make_stall(device)
         expected = [problem.expected(inputs) for inputs in copies]
     except (workloads.TooLarge, torch.OutOfMemoryError, MemoryError) as error:
@@ -192,7 +197,8 @@ def _measure(
         return list(rows.values())
     facts = problem.facts(workload, expected)
     facts["copies"] = len(copies)
-    facts["cold"] = workloads.are_cold(workload, len(copies)) if device == "cuda" else None
+    cold = device == "cuda" and workloads.are_cold(workload, len(copies), problem.rows_touched)
+    facts["cold"] = cold if device == "cuda" else None
     judges = {name: problem.judge(entrant, copies, expected) for name, entrant in runnable.items()}
     for name, entrant in runnable.items():
         rows[name].update(facts)
@@ -215,7 +221,8 @@ def _measure(
         latencies, last = timing.latencies(passing(), copies, device, **clock)
         if device == "cuda":
             queueing = {n: f for n, f in passing().items() if runnable[n].capturable}
-            for name, summary in timing.host_times(queueing, copies, device).items():
+            budget = {"budget_s": min(MOST_S, clock["budget_s"])}
+            for name, summary in timing.host_times(queueing, copies, device, **budget).items():
                 rows[name]["host_us"] = summary
     except Exception as error:
         # Turns are shared, so who raised is not known; every row says what happened.
@@ -232,7 +239,8 @@ def _measure(
     if device == "cuda":
         candidates = {n: f for n, f in passing().items() if runnable[n].capturable}
         readers = problem.floors(copies, expected)
-        _add_gpu_times(rows, candidates, judges, readers, copies, backlog)
+        most = min(MOST_S, clock["budget_s"])
+        _add_gpu_times(rows, candidates, judges, readers, copies, backlog, most)
     _add_speedups(rows)
     return list(rows.values())
 
@@ -249,7 +257,7 @@ def _prepared(entrant: Contestant, copies: list[dict]) -> Callable:
     return call
 
 
-def _add_gpu_times(rows, candidates, judges, readers, copies, backlog) -> None:
+def _add_gpu_times(rows, candidates, judges, readers, copies, backlog, budget_s=MOST_S) -> None:
     captured = {}
     for name, function in {**candidates, **readers}.items():
         latency = rows[name]["latency_us"]["median"] if name in rows else None
@@ -265,7 +273,7 @@ def _add_gpu_times(rows, candidates, judges, readers, copies, backlog) -> None:
             _stop(rows[name], "failed", f"in a CUDA graph: {wrong}")
         else:
             captured[name] = calls
-    times = timing.gpu_times(captured, backlog, runs=GRAPH_REPLAYS)
+    times = timing.gpu_times(captured, backlog, runs=GRAPH_REPLAYS, budget_s=budget_s)
     state = environment.gpu_state()
     medians = [timing.summary(times.pop(name))["median"] for name in readers if name in times]
     floor_us = min(medians, default=None)

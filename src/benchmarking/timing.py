@@ -78,12 +78,21 @@ def latencies(
 
 
 def host_times(
-    functions: dict[str, Callable], copies: list[dict], device: str, *, runs: int = 50
+    functions: dict[str, Callable],
+    copies: list[dict],
+    device: str,
+    *,
+    runs: int = 50,
+    budget_s: float = 10.0,
 ) -> dict[str, dict]:
     """Summaries of the microseconds until a call returns, its work queued but not waited for: the
-    host's share. The device is idle when each call begins."""
+    host's share. The device is idle when each call begins. After MIN_ROUNDS rounds a run longer
+    than `budget_s` ends early (n says so)."""
     samples: dict[str, list[float]] = {name: [] for name in functions}
+    started = time.perf_counter()
     for r in range(WARM_UP_ROUNDS + runs):
+        if r >= WARM_UP_ROUNDS + MIN_ROUNDS and time.perf_counter() - started > budget_s:
+            break
         for name, function in rotated(list(functions.items()), r):
             inputs = copies[r % len(copies)]
             synchronise(device)

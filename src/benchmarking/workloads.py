@@ -162,10 +162,16 @@ def make_inputs(workload: Workload, device: str, seed: int) -> dict[str, torch.T
 
 
 def make_copies(
-    workload: Workload, device: str, seed: int, make: Callable[..., dict] = make_inputs
+    workload: Workload,
+    device: str,
+    seed: int,
+    make: Callable[..., dict] = make_inputs,
+    rows_touched: int = 1,
 ) -> list[dict[str, torch.Tensor]]:
     """Enough different inputs, each `make(workload, device, seed)`, that calls in rotation find
     none of their rows in the L2 cache.
+
+    rows_touched: V-rows of a request that are read in each copy, at least.
 
     Raises TooLarge, saying how much is wanted, where not even one copy fits the memory budget.
     """
@@ -177,16 +183,15 @@ def make_copies(
         )
     wanted = max(2, math.ceil(MIN_REQUESTS / workload.batch_size))
     if device == "cuda":
-        # At least one V-row a request is touched in each copy.
-        touched = workload.batch_size * workload.row_bytes
+        touched = rows_touched * workload.batch_size * workload.row_bytes
         wanted = max(wanted, math.ceil(L2_MARGIN * l2_bytes() / touched))
     count = min(wanted, budget // workload.copy_bytes, MAX_COPIES)
     return [make(workload, device, seed * 1_000_003 + i) for i in range(count)]
 
 
-def are_cold(workload: Workload, copies: int) -> bool:
+def are_cold(workload: Workload, copies: int, rows_touched: int = 1) -> bool:
     """Whether `copies` inputs in rotation exceed the current card's L2 cache."""
-    return copies * workload.batch_size * workload.row_bytes > l2_bytes()
+    return copies * rows_touched * workload.batch_size * workload.row_bytes > l2_bytes()
 
 
 def l2_bytes() -> int:
