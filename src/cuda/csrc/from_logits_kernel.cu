@@ -134,8 +134,8 @@ __device__ RowSummary warp_summarize(const T* x, const TileStats* stats, float s
     const int argmax = warp_argmax(x, stats, largest, vocab_size, lane);
     return {largest, stats, largest, kNegativeInfinity, argmax};
   }
-  const double sum =
-      span_sum(span_of(tiles, lane), [&](int i) { return tile_weight(stats[i], largest, scale); });
+  const double sum = lane_span_sum(span_of(tiles, lane),
+                                   [&](int i) { return tile_weight(stats[i], largest, scale); });
   const double total = __shfl_sync(kAllLanes, warp_scan(sum, lane), kSpans - 1);
   return {logsumexp_of(total, largest, scale), stats, largest, threshold, -1};
 }

@@ -366,8 +366,14 @@ FR_FUNCTION float tile_sum(const Weight& w) {
   return outer[0];
 }
 
-// The sums of 32 consecutive spans of items, and their inclusive scan in the order that a warp's
-// shuffles give: scan[s] += scan[s - d] for d = 1, 2, 4, 8, 16.
+// The inclusive scan of 32 values in the order that a warp's shuffles give.
+FR_FUNCTION void inclusive_scan(double (&scan)[kSpans]) {
+  for (int d = 1; d < kSpans; d *= 2) {
+    for (int s = kSpans - 1; s >= d; --s) scan[s] += scan[s - d];
+  }
+}
+
+// The sums of 32 consecutive spans of items, and their inclusive scan.
 struct Spans {
   double sum[kSpans];
   double scan[kSpans];
@@ -380,34 +386,48 @@ struct Pick {
   double rest;  // the threshold less the weight before the item
 };
 
+constexpr int kLeaves = 8;  // items of a span that are added as a tree
+
+template <typename Item>
+FR_FUNCTION double span_sum(int begin, int end, const Item& item) {
+  double sum = 0;
+  for (int first = begin; first < end; first += kLeaves) {
+    double w[kLeaves];
+    for (int i = 0; i < kLeaves; ++i) w[i] = first + i < end ? item(first + i) : 0;
+    for (int size = kLeaves / 2; size >= 1; size /= 2) {
+      for (int i = 0; i < size; ++i) w[i] = w[2 * i] + w[2 * i + 1];
+    }
+    sum += w[0];
+  }
+  return sum;
+}
+
 template <typename Item>
 FR_FUNCTION void sum_spans(int count, const Item& item, Spans& spans) {
   const int length = (count + kSpans - 1) / kSpans;
   for (int s = 0; s < kSpans; ++s) {
-    double sum = 0;
-    for (int i = s * length; i < (s + 1) * length && i < count; ++i) sum += item(i);
-    spans.sum[s] = spans.scan[s] = sum;
+    const int end = (s + 1) * length < count ? (s + 1) * length : count;
+    spans.sum[s] = spans.scan[s] = span_sum(s * length, end, item);
   }
-  for (int d = 1; d < kSpans; d *= 2) {
-    for (int s = kSpans - 1; s >= d; --s) spans.scan[s] += spans.scan[s - d];
-  }
+  inclusive_scan(spans.scan);
 }
 
 // The first item in [begin, end) whose cumulative weight exceeds `rest`; where rounding leaves
-// none, the last one with weight.
-template <int unroll = 1, typename Item>
+// none, the last one with weight. Weights accumulate by a scan of 32 items after another.
+template <typename Item>
 FR_FUNCTION Pick pick_in_span(int begin, int end, const Item& item, double rest) {
   Pick pick{-1, rest};
-  double before = 0;
-#if defined(__CUDA_ARCH__)
-#pragma unroll unroll
-#endif
-  for (int i = begin; i < end; ++i) {
-    const double w = item(i);
-    if (!(w > 0)) continue;
-    pick = {i, rest - before};
-    before += w;
-    if (before > rest) break;
+  double carry = 0;
+  for (int first = begin; first < end; first += kSpans) {
+    double w[kSpans], scan[kSpans];
+    for (int i = 0; i < kSpans; ++i) w[i] = scan[i] = first + i < end ? item(first + i) : 0;
+    inclusive_scan(scan);
+    for (int i = 0; i < kSpans; ++i) {
+      if (!(w[i] > 0)) continue;
+      pick = {first + i, rest - (i ? carry + scan[i - 1] : carry)};
+      if (carry + scan[i] > rest) return pick;
+    }
+    carry += scan[kSpans - 1];
   }
   return pick;
 }
@@ -432,8 +452,9 @@ FR_FUNCTION Pick pick_in_spans(int count, const Item& item, const Spans& spans, 
 enum class Exchange { kAuto, kCluster, kWorkspace };  // how the blocks of a row share tile sums
 
 struct Plan {
-  Exchange exchange;        // kCluster or kWorkspace
-  int blocks_per_row;       // a cluster's size, or any number with a workspace
+  Exchange exchange;   // kCluster or kWorkspace
+  int blocks_per_row;  // a cluster's size, or any number with a workspace
+  int warps_per_block;
   int64_t workspace_bytes;  // uninitialised device memory that launch_fused wants
 };
 

@@ -60,7 +60,7 @@ __global__ void thread_per_row_kernel(const Params a) {
 // no exchange), sum their share of the row's tiles, a warp a tile, and tell one another the sums.
 
 template <typename T, Step step>
-__global__ void __launch_bounds__(kMaxWarps* kWarp, kResidentBlocks)
+__global__ void __launch_bounds__(kMaxFusedWarps* kWarp, 1)
     fused_kernel(const Params a, int blocks_per_row, float* workspace) {
   FR_DYNAMIC_SHARED(uint64_t, shared);  // where there is no workspace: `pending`, then `sums`
   const int tiles = num_tiles(a.vocab_size);
@@ -112,8 +112,8 @@ int64_t reach_bytes(const Params& a) {
 template <typename T>
 struct LaunchFused {
   static cudaError_t run(const Params& a, const Plan& plan, float* workspace, cudaStream_t stream) {
-    const int threads = warps_per_block(a.vocab_size) * kWarp, n = plan.blocks_per_row;
-    cudaLaunchConfig_t config = configure(a.batch_size * n, threads, stream);
+    const int n = plan.blocks_per_row;
+    cudaLaunchConfig_t config = configure(a.batch_size * n, plan.warps_per_block * kWarp, stream);
     if (a.block_verification && plan.exchange == Exchange::kCluster) {
       return launch_in_clusters(block_kernel<T, Step::kInCluster>, config, n,
                                 exchange_bytes(a.vocab_size) + reach_bytes(a), a, n, workspace);
@@ -135,6 +135,7 @@ struct LaunchFused {
         cudaLaunchKernelEx(&config, fused_kernel<T, Step::kSum>, a, n, workspace);
     if (error != cudaSuccess) return error;
     config.gridDim = dim3(static_cast<unsigned>(a.batch_size));
+    config.blockDim = dim3(static_cast<unsigned>(warps_per_block(a.vocab_size) * kWarp));
     return cudaLaunchKernelEx(&config, fused_kernel<T, Step::kSelect>, a, 1, workspace);
   }
 };
@@ -160,11 +161,15 @@ int plan_fused(const Params& a, Exchange exchange, int blocks_per_row, Plan* pla
     error = plan_blocks(*device, a.batch_size, a.vocab_size, shared_bytes, exchange, blocks_per_row,
                         plan);
   }
+  if (error != cudaSuccess) return error;
+  plan->warps_per_block = a.block_verification
+                              ? warps_per_block(a.vocab_size)
+                              : balanced_warps(*device, a.batch_size, a.vocab_size, *plan);
   const bool needs_workspace =
       plan->exchange == Exchange::kWorkspace &&
       (a.block_verification || !is_alone(plan->blocks_per_row, a.vocab_size));
   plan->workspace_bytes = needs_workspace ? a.batch_size * tile_sum_bytes(a.vocab_size) : 0;
-  return error;
+  return cudaSuccess;
 }
 
 int launch_fused(const Params& a, const Plan& plan, void* workspace, void* stream) {

@@ -60,8 +60,22 @@ cudaLaunchAttribute cluster_of(int blocks) {
 
 struct Device {
   int multiprocessors;
+  int most_warps;         // a block of kernels[0] may have
+  int large_clusters[5];  // of 1, 2, 4, 8, 16 such blocks that run at once: a block there may have
+                          // a multiprocessor to itself
   int largest_cluster;  // 0: no clusters, or none in the code compiled for this card
 };
+
+int clusters_at_once(const void* kernel, int size, int warps) {
+  cudaLaunchAttribute cluster = cluster_of(size);
+  cudaLaunchConfig_t config = {};
+  config.gridDim = dim3(static_cast<unsigned>(size));
+  config.blockDim = dim3(static_cast<unsigned>(warps * kWarp));
+  config.attrs = &cluster;
+  config.numAttrs = 1;
+  int clusters = 0;
+  return cudaOccupancyMaxActiveClusters(&clusters, kernel, &config) == cudaSuccess ? clusters : 0;
+}
 
 // `kernels`: the kernels that would run in clusters, one for each dtype.
 template <int n>
@@ -75,25 +89,20 @@ cudaError_t describe(const void* const (&kernels)[n], int ordinal, Device* devic
   cudaFuncAttributes attributes;
   if (error == cudaSuccess) error = cudaFuncGetAttributes(&attributes, kernels[0]);
   if (error != cudaSuccess) return error;
-  device->largest_cluster = 0;
+  *device = {device->multiprocessors, attributes.maxThreadsPerBlock / kWarp, {}, 0};
   // Code compiled for sm_80 runs on later cards too, but its cluster instructions are left out.
   if (major < 9 || attributes.binaryVersion < 90 || attributes.ptxVersion < 90) return cudaSuccess;
   device->largest_cluster = kLargestCluster;
   for (const void* kernel : kernels) {
-    cudaLaunchAttribute cluster = cluster_of(kLargestCluster);
-    cudaLaunchConfig_t config = {};
-    config.gridDim = dim3(kLargestCluster);
-    config.blockDim = dim3(kMaxWarps * kWarp);
-    config.attrs = &cluster;
-    config.numAttrs = 1;
-    int clusters = 0;
     if (cudaFuncSetAttribute(kernel, cudaFuncAttributeNonPortableClusterSizeAllowed, 1) !=
             cudaSuccess ||
-        cudaOccupancyMaxActiveClusters(&clusters, kernel, &config) != cudaSuccess ||
-        clusters == 0) {
+        clusters_at_once(kernel, kLargestCluster, kMaxWarps) == 0) {
       cudaGetLastError();  // not an error: every card with clusters has the portable size
       device->largest_cluster = kPortableCluster;
     }
+  }
+  for (int i = 0; i < 5 && 1 << i <= device->largest_cluster; ++i) {
+    device->large_clusters[i] = clusters_at_once(kernels[0], 1 << i, device->most_warps);
   }
   return cudaSuccess;
 }
@@ -143,6 +152,21 @@ cudaError_t plan_blocks(const Device& device, int64_t batch_size, int64_t vocab_
   while (2 * blocks <= largest && blocks < useful && 2 * blocks <= wanted) blocks *= 2;
   plan->blocks_per_row = blocks;
   return cudaSuccess;
+}
+
+// As many warps as give each of a row's warps equally many tiles; more than kMaxWarps only where
+// all blocks run at once even so.
+int balanced_warps(const Device& device, int64_t batch_size, int64_t vocab_size, const Plan& plan) {
+  const int tiles = num_tiles(vocab_size), n = plan.blocks_per_row;
+  int64_t at_once = device.multiprocessors / n;
+  if (plan.exchange == Exchange::kCluster) {
+    int log = 0;
+    while (1 << log < n) ++log;
+    at_once = 1 << log == n ? device.large_clusters[log] : 0;
+  }
+  const int most = batch_size <= at_once ? device.most_warps : kMaxWarps;
+  const int rounds = (tiles + n * most - 1) / (n * most);
+  return std::max((tiles + n * rounds - 1) / (n * rounds), 2);
 }
 
 cudaLaunchConfig_t configure(int64_t blocks, int threads, cudaStream_t stream) {

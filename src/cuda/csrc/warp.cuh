@@ -130,11 +130,13 @@ namespace {
 
 constexpr int kWarp = 32;
 constexpr int kMaxWarps = 16;
-// Blocks a multiprocessor holds, which caps the registers of a thread: ptxas spills for sm_120 at
-// the 64 that two blocks leave, and one block there already has 64 KiB of loads in flight.
+// What a block of the fused kernel may have, which caps the registers of a thread at 64: two blocks
+// of 16 warps then fit a multiprocessor. ptxas spills for sm_120 at 64.
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 1200
+constexpr int kMaxFusedWarps = 16;
 constexpr int kResidentBlocks = 1;
 #else
+constexpr int kMaxFusedWarps = 32;
 constexpr int kResidentBlocks = 2;
 #endif
 constexpr unsigned kIdleGrid = 64;  // blocks
@@ -286,10 +288,11 @@ __device__ __forceinline__ void prefetch_tile(const Row& row, int tile, int voca
   if (from && lane % half < lines && i < vocab_size) prefetch_line(from + i);
 }
 
-// One warp: the inclusive scan of Spans.
-__device__ __forceinline__ double warp_scan(double sum, int lane) {
+// One warp: inclusive_scan with a value a lane, where only the first `count` lanes' results matter.
+__device__ __forceinline__ double warp_scan(double sum, int lane, int count = kWarp) {
 #pragma unroll
-  for (int d = 1; d < kSpans; d *= 2) {
+  for (int d = 1; d < kWarp; d *= 2) {
+    if (d >= count) break;
     const double other = __shfl_up_sync(kAllLanes, sum, d);
     if (lane >= d) sum += other;
   }
@@ -306,46 +309,44 @@ __device__ __forceinline__ Span span_of(int count, int lane) {
   return {begin, begin + length < count ? begin + length : count};
 }
 
-// One lane: a span's sum, in order. Several items are fetched before the first is added.
+// One lane: a span's sum. All of a tree's items are fetched before the first is added.
 template <typename Item>
-__device__ __forceinline__ double span_sum(const Span& span, const Item& item) {
-  constexpr int n = 8;
+__device__ __forceinline__ double lane_span_sum(const Span& span, const Item& item) {
   double sum = 0;
-  for (int first = span.begin; first < span.end; first += n) {
-    decltype(item(0)) w[n];
+  for (int first = span.begin; first < span.end; first += kLeaves) {
+    double w[kLeaves];
 #pragma unroll
-    for (int j = 0; j < n; ++j) w[j] = first + j < span.end ? item(first + j) : 0;
+    for (int i = 0; i < kLeaves; ++i) w[i] = first + i < span.end ? item(first + i) : 0;
 #pragma unroll
-    for (int j = 0; j < n; ++j) sum += w[j];
+    for (int size = kLeaves / 2; size >= 1; size /= 2) {
+#pragma unroll
+      for (int i = 0; i < size; ++i) w[i] = w[2 * i] + w[2 * i + 1];
+    }
+    sum += w[0];
   }
   return sum;
 }
 
-// One warp: pick_in_span with an item a lane; each lane adds up what is before its own, in order.
+// One warp: pick_in_span with an item a lane.
 template <typename Item>
 __device__ __forceinline__ Pick warp_pick_in_span(const Span& span, const Item& item, double rest,
                                                   int lane) {
   Pick pick{-1, rest};
-  double before = 0;
+  double carry = 0;
   for (int first = span.begin; first < span.end; first += kWarp) {
-    const int count = span.end - first < kWarp ? span.end - first : kWarp;
-    const auto w = lane < count ? item(first + lane) : 0;
-    constexpr int n = 8;
-    for (int some = 0; some < count; some += n) {
-#pragma unroll
-      for (int j = some; j < some + n; ++j) {
-        const double other = __shfl_sync(kAllLanes, w, j);
-        before += j < lane ? other : 0.0;
-      }
-    }
+    const int count = span.end - first;
+    const double w = lane < count ? item(first + lane) : 0;
+    const double scan = warp_scan(w, lane, count);
+    const double previous = __shfl_up_sync(kAllLanes, scan, 1);
     const unsigned weighted = __ballot_sync(kAllLanes, w > 0);
-    const unsigned crossing = __ballot_sync(kAllLanes, w > 0 && before + w > rest);
+    const unsigned crossing = __ballot_sync(kAllLanes, w > 0 && carry + scan > rest);
     if (weighted) {
       const int chosen = crossing ? __ffs(crossing) - 1 : kWarp - 1 - __clz(weighted);
+      const double before = lane ? carry + previous : carry;
       pick = {first + chosen, rest - __shfl_sync(kAllLanes, before, chosen)};
     }
     if (crossing) break;
-    before = __shfl_sync(kAllLanes, before + w, kWarp - 1);
+    carry += __shfl_sync(kAllLanes, scan, kWarp - 1);
   }
   return pick;
 }
@@ -355,7 +356,7 @@ __device__ __forceinline__ Pick warp_pick_in_span(const Span& span, const Item& 
 template <typename Item, typename ThresholdOf>
 __device__ __forceinline__ Pick warp_pick(int count, const Item& item,
                                           const ThresholdOf& threshold_of, int lane) {
-  const double sum = span_sum(span_of(count, lane), item);
+  const double sum = lane_span_sum(span_of(count, lane), item);
   const double scan = warp_scan(sum, lane);
   const double threshold = threshold_of(__shfl_sync(kAllLanes, scan, kSpans - 1));
   const unsigned weighted = __ballot_sync(kAllLanes, sum > 0);
@@ -569,7 +570,7 @@ __device__ __forceinline__ void sample_request(const Request& request, int rank,
 
 // One warp: Spans::total of tile sums, in every lane.
 __device__ __forceinline__ double warp_total(const float* sums, int tiles, int lane) {
-  const double sum = span_sum(span_of(tiles, lane), [&](int i) { return sums[i]; });
+  const double sum = lane_span_sum(span_of(tiles, lane), [&](int i) { return sums[i]; });
   return __shfl_sync(kAllLanes, warp_scan(sum, lane), kSpans - 1);
 }
 
