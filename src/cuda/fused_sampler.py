@@ -213,7 +213,7 @@ def rejection_sample_flattened(
     """rejection_sample on vLLM's flattened ragged layout, without padding or copying it.
 
     Request b's drafts are cu_num_draft_tokens[b - 1] to cu_num_draft_tokens[b] of N; of more than
-    max_spec_length (K) the first K count.
+    max_spec_length (K) the first K count, and target row K is in place of the bonus row.
 
     draft_token_ids: [N] int32 or int64.
     cu_num_draft_tokens: [B] int32, the running sum of the requests' numbers of drafts.
