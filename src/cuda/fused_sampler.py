@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import os
+import re
 import sys
 from pathlib import Path
 
@@ -35,7 +36,8 @@ def _load():
     except ImportError as error:
         reason = str(error).splitlines()[0].rpartition("/")[2]
         return None, f"the C++ extension does not load with torch {torch.__version__} ({reason})"
-    here = torch.__version__.partition("+")[0]
+    # The extension knows its release alone, not what follows in 2.8.0a0+git or 2.8.0.dev2026.
+    here = re.match(r"[\d.]*\d", torch.__version__)[0]
     if module.torch_version != here:
         return None, f"the C++ extension was built for torch {module.torch_version}, this is {here}"
     return module, None
