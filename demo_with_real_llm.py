@@ -11,8 +11,11 @@ generation on the same prompts, eagerly and (on a CUDA card) with rounds capture
 from __future__ import annotations
 
 import sys
+from importlib import metadata
+from pathlib import Path
 
-from src.decoding import models, options, plots, saving, tables
+from src.benchmarking import cli, environment, results
+from src.decoding import models, options, plots, tables
 
 SCRIPT = "demo_with_real_llm"
 
@@ -20,28 +23,46 @@ SCRIPT = "demo_with_real_llm"
 def main(argv: list[str] | None = None) -> int:
     parser = options.options(__doc__)
     args = parser.parse_args(argv)
+    # Another name, so that a smoke run never replaces a result.
+    name = f"{SCRIPT}-smoke.json" if args.smoke else f"{SCRIPT}.json"
     try:
+        options.check(args)
+        path = results.folder(args.output, args.device) / name
+        results.ensure_writable(path, args.overwrite)
         comparison = options.comparison(args)
     except models.ModelUnavailable as error:
         print(error, file=sys.stderr)
         return 2
-    except ValueError as error:
+    except (ValueError, results.CannotSave) as error:
         parser.error(str(error))
+    env = environment.collect(
+        args.device, [f"{SCRIPT}.py", *(sys.argv[1:] if argv is None else argv)]
+    )
+    env["transformers"] = metadata.version("transformers")
+    print(environment.machine_line(env), flush=True)
     if args.stream:
         comparison.stream(print)
-    env = saving.environment(args.device)
     rows = comparison.run()
     report = f"{comparison.pair.label}\n\n{tables.tables(rows)}\n\n{tables.insights(rows)}"
     if args.check_lossless:
         report += f"\n\n{tables.lossless(comparison.check_lossless())}"
     print(f"\n{report}")
-    # Another name, so that a smoke run never replaces a result.
-    suffix = "-smoke" if args.smoke else ""
-    path = saving.save(args.output, SCRIPT, env, rows, report, suffix=suffix)
-    plots.save(rows, path.with_suffix(".png"), f"{comparison.pair.label}, {env['device']}")
+    save(path, results.make(SCRIPT, env, rows), report, comparison.pair.label)
     print(f"\nWritten: {path}")
     return int(any(row["status"] == "failed" for row in rows))
 
 
+def save(path: Path, result: dict, report: str, label: str) -> None:
+    """Writes .json, .md and, where a method ran, .png."""
+    env = result["environment"]
+    lines = [f"# {SCRIPT}", f"{environment.machine_line(env)}, {env['utc'][:10]}", report]
+    results.write_atomically(path, results.dumps(result))
+    document = "\n\n".join([*lines, f"    {env['command']}\n"])
+    results.write_atomically(path.with_suffix(".md"), document)
+    picture = plots.picture(result["rows"], f"{label}, {env['device']}")
+    if picture:
+        results.write_atomically(path.with_suffix(".png"), picture)
+
+
 if __name__ == "__main__":
-    sys.exit(main())
+    cli.run(main)

@@ -123,6 +123,21 @@ def flatten(case):
     }
 
 
+def more_drafts_than_most():
+    """Flattened arguments: of two and one certain drafts only one counts. The first request's next
+    token is then 1, its target's and not its bonus row's 2."""
+    eye = torch.eye(4)
+    return {
+        "draft_token_ids": torch.tensor([0, 1, 3]),
+        "cu_num_draft_tokens": torch.tensor([2, 3], dtype=torch.int32),
+        "draft_probs": None,
+        "target_probs": eye[[0, 1, 3]],
+        "bonus_probs": eye[[2, 2]],
+        "max_spec_length": 1,
+        "uniforms": torch.full((2, 2), 0.5),
+    }
+
+
 def make_logits_case(batch_size, spec_length, vocab_size, *, dtype=torch.float32, seed=0):
     """Arguments of rejection_sample_from_logits as a dict, like make_case."""
     g = torch.Generator().manual_seed(seed)

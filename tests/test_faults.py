@@ -3,6 +3,7 @@
 import os
 import subprocess
 import sys
+import types
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -67,6 +68,28 @@ sys.modules[{EXTENSION!r}] = module
     here = torch.__version__.partition("+")[0]
     line = one_line(python(without_extension(stale)))
     assert f"the C++ extension was built for torch 1.2.3, this is {here}; run: " in line
+
+
+@pytest.mark.parametrize(
+    "version, loads",
+    [
+        ("2.8.0", True),
+        ("2.8.0+cu126", True),
+        ("2.8.0a0+git1234567", True),
+        ("2.8.0.dev20260101", True),
+        ("2.8.0rc2", True),
+        ("2.8.1", False),
+        ("2.80.0", False),
+        ("2.9.0a0+git1234567", False),
+    ],
+)
+def test_an_extension_serves_every_build_of_its_torch_release(version, loads, monkeypatch):
+    module = types.SimpleNamespace(torch_version="2.8.0")
+    monkeypatch.setitem(sys.modules, EXTENSION, module)
+    monkeypatch.setattr(torch, "__version__", version)
+    loaded, reason = fused_sampler._load()
+    assert loaded is (module if loads else None)
+    assert loads or "the C++ extension was built for torch 2.8.0, this is 2." in reason
 
 
 def test_an_extension_that_does_not_link_says_so():

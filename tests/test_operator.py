@@ -1,15 +1,20 @@
 """The extension as a PyTorch operator: schema, fake kernel, torch.compile, missing builds."""
 
-import subprocess
-import sys
-
 import pytest
 import torch
 
 from src import from_logits, samplers
-from src.contract import SamplerOutput
+from src.contract import VERIFICATIONS, SamplerOutput
 from src.cuda import fused_sampler
-from tests.cases import flatten, make_case, make_logits_case, on_every_device, ragged, to_device
+from tests.cases import (
+    flatten,
+    make_case,
+    make_logits_case,
+    more_drafts_than_most,
+    on_every_device,
+    ragged,
+    to_device,
+)
 
 OPERATORS = {
     "cpp": "rejection_sample",
@@ -87,14 +92,22 @@ def test_the_flattened_layout_survives_ends_that_are_wrong(device):
         flat["cu_num_draft_tokens"] = torch.tensor(ends, dtype=torch.int32)
         output = fused_sampler.rejection_sample_flattened(**to_device(flat, device))
         assert output.token_ids.max() < 100 and output.token_ids[:, 0].min() >= 0
-    flat["max_spec_length"] = 2  # of more drafts the first two count
-    output = fused_sampler.rejection_sample_flattened(
-        **{**to_device(flat, device), "uniforms": torch.zeros(7, 3, device=device)}
-    )
-    assert output.token_ids.shape == (7, 3)
     with pytest.raises(ValueError, match=r"bonus_probs has shape \[7, 100\]; wanted \[6, 100\]"):
         flat["cu_num_draft_tokens"] = flat["cu_num_draft_tokens"][:6]
         fused_sampler.rejection_sample_flattened(**{**to_device(flat, device), "uniforms": None})
+
+
+@pytest.mark.parametrize("verification", VERIFICATIONS)
+@on_both_layouts
+def test_of_more_drafts_than_the_most_the_extra_token_is_the_targets(device, verification):
+    samplers.get(EXTENSION[device]).load(device)
+    flat = to_device(more_drafts_than_most(), device)
+    output = fused_sampler.rejection_sample_flattened(**flat, verification=verification)
+    assert output.token_ids.tolist() == [[0, 1], [3, 2]]
+    assert output.num_accepted.tolist() == [1, 1]
+    flat.update(max_spec_length=0, uniforms=flat["uniforms"][:, :1])
+    output = fused_sampler.rejection_sample_flattened(**flat, verification=verification)
+    assert output.token_ids.tolist() == [[0], [3]]
 
 
 @on_both_layouts
@@ -159,11 +172,3 @@ def test_a_sampler_that_cannot_run_here_says_why_and_what_mends_it(monkeypatch):
     with pytest.raises(samplers.SamplerUnavailable, match="torch 1.0.0") as error:
         samplers.get("cpp").load("cpu")
     assert "setup.py build_ext --inplace" in error.value.command
-
-
-def test_importing_everything_never_initialises_cuda():
-    code = (
-        "import torch; from src import samplers; from src.cuda import fused_sampler\n"
-        "assert not torch.cuda.is_initialized()"
-    )
-    subprocess.run([sys.executable, "-c", code], check=True)

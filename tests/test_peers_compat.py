@@ -8,7 +8,7 @@ import torch
 
 from src import oracle, philox
 from src.peers import compat
-from tests.cases import flatten, make_case, ragged, to_device
+from tests.cases import flatten, make_case, more_drafts_than_most, ragged, to_device
 
 U_MAX = 1 - 2**-24
 
@@ -211,6 +211,12 @@ def test_v1_without_a_single_draft_emits_the_bonus_tokens():
         metadata(),
     )
     assert tokens.tolist() == [[4, -1, -1, -1], [7, -1, -1, -1]]
+
+
+def test_v1_gives_no_bonus_where_max_spec_len_leaves_a_draft_out():
+    flat = v1_arguments(more_drafts_than_most(), torch.tensor([2, 2]))
+    tokens = compat.vllm_rejection_sample_from_probs(**flat, sampling_metadata=metadata())
+    assert tokens.tolist() == [[0, 1], [3, 2]]
 
 
 @pytest.mark.parametrize("one_hot", [False, True])

@@ -125,6 +125,7 @@ def test_ends_that_are_wrong_read_nothing_outside_the_drafts(name, device, drawn
     batch_size, spec_length = case["draft_token_ids"].shape
     vocab_size = case["target_probs"].shape[2]
     total = batch_size * spec_length
+    most = data.draw(st.integers(0, spec_length))
     numbers = st.integers(-3, total + 6) | st.sampled_from((-(2**31), INT_MAX))
     ends = data.draw(st.lists(numbers, min_size=batch_size, max_size=batch_size))
     flat = {
@@ -133,23 +134,26 @@ def test_ends_that_are_wrong_read_nothing_outside_the_drafts(name, device, drawn
         "draft_probs": case["draft_probs"],
         "target_probs": case["target_probs"][:, :spec_length].reshape(total, vocab_size),
         "bonus_probs": case["target_probs"][:, spec_length],
-        "uniforms": case["uniforms"],
+        "uniforms": case["uniforms"][:, : most + 1],
     }
     if flat["draft_probs"] is not None:
         flat["draft_probs"] = flat["draft_probs"].reshape(total, vocab_size)
     padded = {**case, "num_draft_tokens": torch.zeros(batch_size, dtype=torch.int32)}
-    for field in ("draft_token_ids", "draft_probs", "target_probs"):
-        padded[field] = None if case[field] is None else case[field].clone()
+    padded["uniforms"] = flat["uniforms"]
+    for field, extra in (("draft_token_ids", 0), ("draft_probs", 0), ("target_probs", 1)):
+        padded[field] = None if case[field] is None else case[field][:, : most + extra].clone()
     for b, end in enumerate(ends):  # what docs and fused_rejection.h say such ends address
         begin = min(max(ends[b - 1] if b else 0, 0), total)
-        count = min(max(min(end, total) - begin, 0), spec_length)
+        given = max(min(end, total) - begin, 0)
+        count = min(given, most)
         padded["num_draft_tokens"][b] = count
-        padded["target_probs"][b, count] = flat["bonus_probs"][b]
+        extra = flat["bonus_probs"][b] if given == count else flat["target_probs"][begin + count]
+        padded["target_probs"][b, count] = extra
         for field in ("draft_token_ids", "draft_probs", "target_probs"):
             if padded[field] is not None:
                 padded[field][b, :count] = flat[field][begin : begin + count]
     arguments, _ = place(flat, dict.fromkeys(flat, "contiguous"), device)
-    output = fused_sampler.rejection_sample_flattened(**arguments, max_spec_length=spec_length)
+    output = fused_sampler.rejection_sample_flattened(**arguments, max_spec_length=most)
     output = SamplerOutput(*(tensor.cpu() for tensor in output))
     problems = oracle.disagreements(*output, expected_of(padded))
     assert not problems, "\n".join(problems)

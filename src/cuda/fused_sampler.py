@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import os
+import re
 import sys
 from pathlib import Path
 
@@ -35,7 +36,8 @@ def _load():
     except ImportError as error:
         reason = str(error).splitlines()[0].rpartition("/")[2]
         return None, f"the C++ extension does not load with torch {torch.__version__} ({reason})"
-    here = torch.__version__.partition("+")[0]
+    # The extension knows its release alone, not what follows in 2.8.0a0+git or 2.8.0.dev2026.
+    here = re.match(r"[\d.]*\d", torch.__version__)[0]
     if module.torch_version != here:
         return None, f"the C++ extension was built for torch {module.torch_version}, this is {here}"
     return module, None
@@ -213,7 +215,7 @@ def rejection_sample_flattened(
     """rejection_sample on vLLM's flattened ragged layout, without padding or copying it.
 
     Request b's drafts are cu_num_draft_tokens[b - 1] to cu_num_draft_tokens[b] of N; of more than
-    max_spec_length (K) the first K count.
+    max_spec_length (K) the first K count, and target row K is in place of the bonus row.
 
     draft_token_ids: [N] int32 or int64.
     cu_num_draft_tokens: [B] int32, the running sum of the requests' numbers of drafts.

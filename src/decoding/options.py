@@ -51,6 +51,7 @@ def options(description: str) -> argparse.ArgumentParser:
     add("--seed", type=int, default=0)
     add("--smoke", action="store_true", help="two prompts, eight tokens, one run")
     add("--output", type=Path, default=Path("benchmark_results"), metavar="FOLDER")
+    add("--overwrite", action="store_true", help="replace a result that another commit recorded")
     return parser
 
 
@@ -64,15 +65,19 @@ def spec_length(text: str) -> int | str:
     return text if text == "auto" else positive(text)
 
 
-def comparison(args: argparse.Namespace) -> Comparison:
-    """What the options ask for, models loaded; says on stdout which.
-
-    Raises models.ModelUnavailable, and ValueError for options that cannot be.
-    """
+def check(args: argparse.Namespace) -> None:
+    """What needs no model. Raises ValueError for options that cannot be."""
     if args.device == "cuda" and not torch.cuda.is_available():
         raise ValueError("--device cuda: torch finds no CUDA card here; run with --device cpu")
     if args.draft and not args.target:
         raise ValueError("--draft came without --target; wanted both, or a --pair")
+
+
+def comparison(args: argparse.Namespace) -> Comparison:
+    """What checked options ask for, models loaded; says on stdout which.
+
+    Raises models.ModelUnavailable, and ValueError for options that cannot be.
+    """
     if args.threads:
         torch.set_num_threads(args.threads)
     models.quiet()

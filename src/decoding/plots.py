@@ -2,19 +2,19 @@
 
 from __future__ import annotations
 
+import io
 from collections.abc import Sequence
-from pathlib import Path
 
 from src.decoding.tables import overall
 
 _PHASES = ("draft", "verify", "sample")
 
 
-def save(rows: Sequence[dict], path: Path, title: str) -> bool:
-    """Writes a PNG; returns False, writing nothing, where no method ran."""
+def picture(rows: Sequence[dict], title: str) -> bytes | None:
+    """A PNG, or None where no method ran."""
     rows = [row for row in overall(rows) if row["status"] == "ok"]
     if not rows:
-        return False
+        return None
     import matplotlib
 
     matplotlib.use("Agg")
@@ -26,9 +26,10 @@ def save(rows: Sequence[dict], path: Path, title: str) -> bool:
     _split(split, [row for row in rows if row["verify_s"] is not None])
     figure.suptitle(title)
     figure.tight_layout()
-    figure.savefig(path, dpi=120)
+    png = io.BytesIO()
+    figure.savefig(png, dpi=120)
     pyplot.close(figure)
-    return True
+    return png.getvalue()
 
 
 def _name(row: dict) -> str:

@@ -221,7 +221,7 @@ def _v1(
         max_spec_len,
         uniforms=uniforms,
     )
-    lengths = torch.diff(ends, prepend=ends.new_zeros(1)).clamp(0, max_spec_len)
+    lengths = torch.diff(ends, prepend=ends.new_zeros(1)).clamp(min=0)
     columns = torch.arange(max_spec_len + 1, device=device)
     is_bonus = (columns == lengths[:, None]) & (output.num_accepted == lengths)[:, None]
     bonus = bonus_token_ids.reshape(batch_size, 1).to(torch.int32)

@@ -1,7 +1,6 @@
 // What the operators' bindings share: checked arguments, the CPU kernel, the way to a CUDA launch.
 #pragma once
 
-#include <ATen/Parallel.h>
 #include <torch/library.h>
 #include <torch/types.h>
 
@@ -200,13 +199,11 @@ void fill_tile(const Row& row, int vocab_size, int tile, float* w) {
 
 template <typename Row>
 void sum_tiles(const Row& row, int vocab_size, std::vector<float>& sums) {
-  at::parallel_for(0, static_cast<int64_t>(sums.size()), 16, [&](int64_t begin, int64_t end) {
-    float w[kTile];
-    for (int tile = static_cast<int>(begin); tile < end; ++tile) {
-      fill_tile(row, vocab_size, tile, w);
-      sums[tile] = tile_sum([&](int m) { return w[m]; });
-    }
-  });
+  float w[kTile];
+  for (int tile = 0; tile < static_cast<int>(sums.size()); ++tile) {
+    fill_tile(row, vocab_size, tile, w);
+    sums[tile] = tile_sum([&](int m) { return w[m]; });
+  }
 }
 
 template <typename Row>
@@ -254,30 +251,23 @@ int draw(Row row, int vocab_size, float u) {
   return 0;  // p has no positive mass either
 }
 
-// `request_of(b)` makes request b of the batch.
+// `request_of(b)` makes request b of the batch. On one thread: at::parallel_for is parallel under
+// -fopenmp only, and with GNU OpenMP a child that is forked after a call hangs in its first one.
 template <typename RequestOf>
 void sample_batch(const Params& a, const RequestOf& request_of) {
-  const auto sample_rows = [&](int64_t begin, int64_t end) {
-    for (int64_t b = begin; b < end; ++b) {
-      const auto request = request_of(b);
-      const int vocab_size = static_cast<int>(a.vocab_size);
-      const float u = uniform(a, b, a.spec_length);
-      if (a.block_verification) {
-        std::vector<double> reach(a.spec_length + 1);
-        const auto decision = decide_block(
-            request, reach.data(), [&](const auto& row) { return total_of(row, vocab_size); });
-        request.store(decision.accepted, draw(decision.row, vocab_size, u));
-      } else {
-        const auto decision = decide(request, [&](int64_t k) { return uniform(a, b, k); });
-        request.store(decision.accepted, draw(decision.row, vocab_size, u));
-      }
+  const int vocab_size = static_cast<int>(a.vocab_size);
+  for (int64_t b = 0; b < a.batch_size; ++b) {
+    const auto request = request_of(b);
+    const float u = uniform(a, b, a.spec_length);
+    if (a.block_verification) {
+      std::vector<double> reach(a.spec_length + 1);
+      const auto decision = decide_block(
+          request, reach.data(), [&](const auto& row) { return total_of(row, vocab_size); });
+      request.store(decision.accepted, draw(decision.row, vocab_size, u));
+    } else {
+      const auto decision = decide(request, [&](int64_t k) { return uniform(a, b, k); });
+      request.store(decision.accepted, draw(decision.row, vocab_size, u));
     }
-  };
-  // A small batch leaves the threads to the tiles of each row.
-  if (a.batch_size >= at::get_num_threads()) {
-    at::parallel_for(0, a.batch_size, 1, sample_rows);
-  } else {
-    sample_rows(0, a.batch_size);
   }
 }
 

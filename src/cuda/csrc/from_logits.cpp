@@ -112,11 +112,9 @@ RowSummary summarize(const LogitsParams& a, int64_t b, const T* x, std::vector<T
   const float scale = a.scale(b);
   stats.resize(tiles);
   const auto pass = [&](float threshold) {
-    at::parallel_for(0, tiles, 16, [&](int64_t begin, int64_t end) {
-      for (int tile = static_cast<int>(begin); tile < end; ++tile) {
-        stats[tile] = tile_stats(x, tile, vocab_size, scale, threshold);
-      }
-    });
+    for (int tile = 0; tile < tiles; ++tile) {
+      stats[tile] = tile_stats(x, tile, vocab_size, scale, threshold);
+    }
     float largest = kNegativeInfinity;
     for (const TileStats& tile : stats) largest = std::max(largest, tile.largest);
     return largest;

@@ -70,7 +70,7 @@ struct Params {
   bool block_verification;          // else token by token
   // The flattened ragged layout, or null: request b's drafts are ends[b - 1] to ends[b] of
   // draft_token_ids [N], draft_probs [N, V] and target_probs [N, V]; its bonus row is bonus_probs
-  // [B, V]. Of a request's drafts the first K count.
+  // [B, V]. Of a request's drafts the first K count; of more, row K is in place of the bonus row.
   const int32_t* draft_ends;  // [B]
   int64_t num_flat;           // N
   const void* bonus_probs;
@@ -172,7 +172,9 @@ struct Request {
       drafts = count < 0 ? 0 : count < drafts ? count : drafts;
       p += first_id * a.target_position_stride;
       if (q) q += first_id * a.draft_position_stride;
-      bonus = static_cast<const T*>(a.bonus_probs) + b * a.bonus_row_stride;
+      if (count <= a.spec_length) {
+        bonus = static_cast<const T*>(a.bonus_probs) + b * a.bonus_row_stride;
+      }
     } else {
       p += b * a.target_row_stride;
       if (q) q += b * a.draft_row_stride;
