@@ -63,7 +63,7 @@ struct Device {
   int most_warps;         // a block of kernels[0] may have
   int large_clusters[5];  // of 1, 2, 4, 8, 16 such blocks that run at once: a block there may have
                           // a multiprocessor to itself
-  int largest_cluster;  // 0: no clusters, or none in the code compiled for this card
+  int largest_cluster;    // 0: no clusters, or none in the code compiled for this card
 };
 
 int clusters_at_once(const void* kernel, int size, int warps) {
@@ -127,9 +127,26 @@ cudaError_t current_device(const void* const (&kernels)[n], const Device** devic
   return cudaSuccess;
 }
 
+// How many warps a block of kernels[0] may have where a row has `n` blocks: more than kMaxWarps
+// only where all blocks run at once even so.
+int most_warps(const Device& device, int64_t batch_size, Exchange exchange, int n) {
+  int64_t at_once = device.multiprocessors / n;
+  if (exchange == Exchange::kCluster) {
+    int log = 0;
+    while (1 << log < n) ++log;
+    at_once = 1 << log == n ? device.large_clusters[log] : 0;
+  }
+  return batch_size <= at_once ? device.most_warps : kMaxWarps;
+}
+
+// How often a row's warps take a tile.
+int rounds(const Device& device, int64_t batch_size, int tiles, Exchange exchange, int n) {
+  const int warps = n * most_warps(device, batch_size, exchange, n);
+  return (tiles + warps - 1) / warps;
+}
+
 // Fills a plan's exchange and blocks_per_row. At most one block a multiprocessor, over the whole
-// batch (more are not placed evenly where they come in clusters), and no block without a tile for
-// each of its warps.
+// batch (more are not placed evenly where they come in clusters), and no block without eight tiles.
 cudaError_t plan_blocks(const Device& device, int64_t batch_size, int64_t vocab_size,
                         int64_t shared_bytes, Exchange exchange, int blocks_per_row, Plan* plan) {
   const bool clusters_fit = device.largest_cluster > 0 && shared_bytes <= kMaxSharedBytes;
@@ -145,28 +162,29 @@ cudaError_t plan_blocks(const Device& device, int64_t batch_size, int64_t vocab_
     plan->blocks_per_row = blocks_per_row;
     return cudaSuccess;
   }
-  const int tiles = num_tiles(vocab_size), warps = warps_per_block(vocab_size);
-  const int64_t useful = (tiles + warps - 1) / warps;
+  const int tiles = num_tiles(vocab_size);
   const int64_t wanted = device.multiprocessors / std::max<int64_t>(batch_size, 1);
+  const auto rounds_of = [&](int n) { return rounds(device, batch_size, tiles, exchange, n); };
   int blocks = 1;
-  while (2 * blocks <= largest && blocks < useful && 2 * blocks <= wanted) blocks *= 2;
+  while (2 * blocks <= largest && 8 * blocks < tiles && 2 * blocks <= wanted) {
+    // A cluster beyond the portable size wants nearly all of a group of multiprocessors: where the
+    // groups do not suffice, it must at least save a round.
+    if (2 * blocks > kPortableCluster && exchange == Exchange::kCluster &&
+        most_warps(device, batch_size, exchange, 2 * blocks) == kMaxWarps &&
+        rounds_of(blocks) <= rounds_of(2 * blocks)) {
+      break;
+    }
+    blocks *= 2;
+  }
   plan->blocks_per_row = blocks;
   return cudaSuccess;
 }
 
-// As many warps as give each of a row's warps equally many tiles; more than kMaxWarps only where
-// all blocks run at once even so.
+// Fewer warps than allowed where each of a row's then has equally many tiles.
 int balanced_warps(const Device& device, int64_t batch_size, int64_t vocab_size, const Plan& plan) {
   const int tiles = num_tiles(vocab_size), n = plan.blocks_per_row;
-  int64_t at_once = device.multiprocessors / n;
-  if (plan.exchange == Exchange::kCluster) {
-    int log = 0;
-    while (1 << log < n) ++log;
-    at_once = 1 << log == n ? device.large_clusters[log] : 0;
-  }
-  const int most = batch_size <= at_once ? device.most_warps : kMaxWarps;
-  const int rounds = (tiles + n * most - 1) / (n * most);
-  return std::max((tiles + n * rounds - 1) / (n * rounds), 2);
+  const int shares = n * rounds(device, batch_size, tiles, plan.exchange, n);
+  return std::max((tiles + shares - 1) / shares, 2);
 }
 
 cudaLaunchConfig_t configure(int64_t blocks, int threads, cudaStream_t stream) {
