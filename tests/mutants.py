@@ -134,10 +134,10 @@ MUTANTS = [
     Mutant(
         "draws the index whose cumulative weight equals the threshold",
         HEADER,
-        "if (before > rest) break;",
-        "if (before >= rest) break;",
+        "if (carry + scan[i] > rest) return pick;",
+        "if (carry + scan[i] >= rest) return pick;",
     ),
-    Mutant("an index without weight may be drawn", HEADER, "if (!(w > 0)) continue;", ""),
+    Mutant("an index without weight may be drawn", HEADER, "if (!(w[i] > 0)) continue;", ""),
     Mutant(
         "a tile is summed in another order",
         HEADER,
@@ -159,8 +159,8 @@ MUTANTS = [
     Mutant(
         "reads beyond the row's end in its last tile",
         KERNELS,
-        "w_i = i < left ? weight_at(here, i) : 0.0f;",
-        "w_i = weight_at(here, i);",
+        "if (vectors && (tile + 1) * kTile <= vocab_size) {",
+        "if (vectors) {",
     ),
     Mutant(
         "no barrier between the decision and its readers",
@@ -171,15 +171,15 @@ MUTANTS = [
     Mutant(
         "the blocks of a row do not wait for one another's sums",
         KERNELS,
-        "    cluster_arrive();\n    cluster_wait();\n  } else",
-        "  } else",
+        "if (step == Step::kInCluster) wait_for_bytes(all.pending + pass);",
+        "",
     ),
     Mutant("every lane adds in the scan", KERNELS, "if (lane >= d) sum += other;", "sum += other;"),
     Mutant(
         "the draw in the tile forgets the spans before",
         KERNELS,
-        "pick_here(threshold - (lane ? previous : 0.0))",
-        "pick_here(threshold)",
+        "threshold - (chosen ? previous : 0.0)",
+        "threshold",
     ),
     Mutant(
         "a row without mass keeps what was in memory",
