@@ -165,7 +165,7 @@ struct LogitsParams {
   const float* top_p;             // [B] or null
   const float* min_p;             // [B] or null
   const double* draft_logsumexp;  // [B, K] or null
-  double* logsumexp;              // [B]: the last row's, or null
+  double* logsumexp;              // [B]: of the one row where K is 0, or null
 
   FR_FUNCTION bool filters() const { return top_k || top_p || min_p; }
   FR_FUNCTION bool is_greedy(int64_t b) const { return temperature && !(temperature[b] > 0); }
@@ -251,6 +251,12 @@ struct LogitsRow {
   }
 };
 
+// What the test of a draft reads of its rows: the token's logit in the target's, and its logit or
+// probability in the draft's, 1 for a one-hot draft.
+struct DraftValues {
+  float target, draft;
+};
+
 // `Summaries` offers target(k) and draft(k), the RowSummary of a position.
 template <typename T, typename Summaries>
 struct LogitsRequest : Request<T> {
@@ -271,20 +277,30 @@ struct LogitsRequest : Request<T> {
     return softmax_of(summary.logsumexp, scale, summary.threshold);
   }
 
+  // Draft k, the token `id`, in the two rows; nothing is read where the test needs neither.
+  FR_FUNCTION DraftValues values(int64_t k, int64_t id) const {
+    if (!this->in_vocab(id) || greedy) return {};
+    const T* draft_row = this->draft_row(k);
+    return {static_cast<float>(read_argument(this->target_row(k) + id)),
+            draft_row ? static_cast<float>(read_argument(draft_row + id)) : 1.0f};
+  }
+
   template <typename Uniform>
   FR_FUNCTION bool accepts_draft(int64_t k, int64_t id, const Uniform& u) const {
+    return accepts_values(k, id, values(k, id), u);
+  }
+
+  template <typename Uniform>
+  FR_FUNCTION bool accepts_values(int64_t k, int64_t id, const DraftValues& values,
+                                  const Uniform& u) const {
     if (!this->in_vocab(id)) return false;
     const RowSummary target = summaries.target(k);
     if (greedy) return id == target.argmax;
-    const float x_p = finite_logit(static_cast<float>(read_argument(this->target_row(k) + id)));
+    const float x_p = finite_logit(values.target);
     const Softmax p = softmax(target);
     if (!p.keeps(x_p)) return false;
-    const T* draft_row = this->draft_row(k);
-    if (!draft_row || !logits->draft_is_logits) {
-      return accepts(u(), draft_row ? static_cast<float>(read_argument(draft_row + id)) : 1.0f,
-                     p(x_p));
-    }
-    const float x_q = finite_logit(static_cast<float>(read_argument(draft_row + id)));
+    if (!this->q || !logits->draft_is_logits) return accepts(u(), values.draft, p(x_p));
+    const float x_q = finite_logit(values.draft);
     const RowSummary draft = summaries.draft(k);
     if (!softmax(draft).keeps(x_q)) return true;
     return accepts(u(), exp2_portable(log2_ratio(x_q, draft, x_p, target)), 1);
@@ -391,6 +407,9 @@ FR_HOST_DEVICE constexpr int64_t num_draft_rows(const LogitsParams& a) {
 
 struct LogitsPlan {
   Plan fused;
+  // Target rows that one launch, in clusters, takes at a time until a draft is rejected; 0: all
+  // rows in a launch before.
+  int rows_per_round;
   int64_t workspace_bytes;  // uninitialised device memory that launch_from_logits wants
 };
 
