@@ -76,42 +76,43 @@ __device__ __forceinline__ uint32_t word_of(const T& x) {
   return x.bits;
 }
 
-// 16 bytes one element at a time; the first `left` of them exist.
+// 16 bytes one element at a time; the first `left` of them exist. Packed only once all are there.
 template <typename T>
 __device__ __forceinline__ Words load_elements(const T* from, int left) {
   constexpr int per_word = 4 / sizeof(T), bits = 8 * sizeof(T);
-  constexpr uint32_t all = 0xFFFFFFFFu >> (32 - bits);
-  Words words;
+  uint32_t element[kVector<T>];
 #pragma unroll
-  for (int i = 0; i < 4; ++i) {
-    words.word[i] = kNegativeInfinityWord<T>;
+  for (int e = 0; e < kVector<T>; ++e) {
+    element[e] = kNegativeInfinityWord<T> >> (32 - bits);
+    if (e < left) element[e] = word_of(read_argument(from + e));
+  }
+  Words words = {};
 #pragma unroll
-    for (int e = 0; e < per_word; ++e) {
-      const int at = i * per_word + e;
-      if (at >= left) continue;
-      words.word[i] &= ~(all << (e * bits));
-      words.word[i] |= word_of(read_argument(from + at)) << (e * bits);
-    }
+  for (int e = 0; e < kVector<T>; ++e) {
+    words.word[e / per_word] |= element[e] << (e % per_word * bits);
   }
   return words;
 }
 
-// One warp: reads a tile. No load waits for another, and nothing for a load.
+// One warp: reads a tile. No load waits for another.
 template <typename T>
 __device__ __forceinline__ void load_tile(const T* x, int tile, int vocab_size, int lane,
                                           RawTile<T>& raw) {
-  const int begin = tile * kTile + lane * kVector<T>;
-  const bool vectors = by_vectors<T>(x, nullptr, vocab_size);
+  constexpr int step = kWarp * kVector<T>;
+  const int begin = tile * kTile + lane * kVector<T>, left = vocab_size - begin;
+  if (by_vectors<T>(x, nullptr, vocab_size)) {
 #pragma unroll
-  for (int j = 0; j < kVectors<T>; ++j) {
-    const int at = begin + j * kWarp * kVector<T>;
-    if (!vectors) {
-      raw.words[j] = load_elements(x + at, vocab_size - at);
-    } else if (at < vocab_size) {
-      raw.words[j] = read_argument(reinterpret_cast<const Words*>(x + at));
-    } else {
+    for (int j = 0; j < kVectors<T>; ++j) {
 #pragma unroll
       for (uint32_t& word : raw.words[j].word) word = kNegativeInfinityWord<T>;
+      if (j * step < left) {
+        raw.words[j] = read_argument(reinterpret_cast<const Words*>(x + begin + j * step));
+      }
+    }
+  } else {
+#pragma unroll
+    for (int j = 0; j < kVectors<T>; ++j) {
+      raw.words[j] = load_elements(x + begin + j * step, left - j * step);
     }
   }
 }
