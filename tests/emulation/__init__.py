@@ -159,9 +159,9 @@ def _params(shape, ids, draft_probs, target_probs, layout, small, token_ids, num
 
 
 def _run(function, launch, params):
-    kernel, blocks_per_row, schedule = launch
+    kernel, *numbers = launch
     emulate = getattr(library("emulate.cpp"), function)
-    status = emulate(ctypes.byref(params), KERNELS.index(kernel), blocks_per_row, schedule)
+    status = emulate(ctypes.byref(params), KERNELS.index(kernel), *numbers)
     assert status == 0, f"the emulated {kernel} kernel does not end"
 
 
@@ -177,8 +177,9 @@ class _LogitsParams(ctypes.Structure):
     ]
 
 
-def from_logits(kernel: str, blocks_per_row: int = 1, schedule: int = 0):
-    """rejection_sample_from_logits and, beside it, the last row's logsumexp."""
+def from_logits(kernel: str, blocks_per_row: int = 1, schedule: int = 0, rows_per_round: int = 0):
+    """rejection_sample_from_logits and, beside it, the last row's logsumexp. `rows_per_round` above
+    0: rounds_kernel."""
 
     def rejection_sample_from_logits(
         draft_token_ids,
@@ -209,7 +210,8 @@ def from_logits(kernel: str, blocks_per_row: int = 1, schedule: int = 0):
             logsumexp=logsumexp.data_ptr(),
             **own,
         )
-        _run("emulate_from_logits", (kernel, blocks_per_row, schedule), params)
+        launch = (kernel, blocks_per_row, rows_per_round, schedule)
+        _run("emulate_from_logits", launch, params)
         return SamplerOutput(token_ids, num_accepted), logsumexp
 
     return rejection_sample_from_logits

@@ -97,13 +97,19 @@ namespace fused_rejection {
 namespace {
 
 template <typename T>
-void run_logits(const LogitsParams& a, int kernel, int n, unsigned seed) {
+void run_logits(const LogitsParams& a, int kernel, int n, int rows_per_round, unsigned seed) {
   const int64_t rows = num_target_rows(a.base) + num_draft_rows(a), batch_size = a.base.batch_size;
   const int tiles = num_tiles(a.base.vocab_size), warps = std::clamp(tiles, 2, kMaxWarps);
   const int threads = warps * kWarp;
   if (kernel == 1 && a.base.spec_length == 0 && !a.filters()) {  // as launch_from_logits chooses
     const auto body = [&] { sample_kernel<T>(a, n); };
     emulation::launch(static_cast<int>(batch_size) * n, threads, n, 2 + 2 * tiles, body, seed);
+    return;
+  }
+  if (rows_per_round > 0) {
+    const auto body = [&] { rounds_kernel<T>(a, n, rows_per_round); };
+    const size_t shared = rounds_bytes(a) / sizeof(float);
+    emulation::launch(static_cast<int>(batch_size) * n, threads, n, shared, body, seed);
     return;
   }
   std::vector<TileStats> stats(rows * tiles, TileStats{NAN, NAN});
@@ -143,19 +149,20 @@ void run_logits(const LogitsParams& a, int kernel, int n, unsigned seed) {
 }  // namespace
 }  // namespace fused_rejection
 
+// `rows_per_round` above 0: rounds_kernel.
 extern "C" int emulate_from_logits(const fused_rejection::LogitsParams* params, int kernel,
-                                   int blocks_per_row, unsigned seed) {
+                                   int blocks_per_row, int rows_per_round, unsigned seed) {
   using namespace fused_rejection;
   try {
     switch (params->base.dtype) {
       case Dtype::kFloat32:
-        run_logits<float>(*params, kernel, blocks_per_row, seed);
+        run_logits<float>(*params, kernel, blocks_per_row, rows_per_round, seed);
         break;
       case Dtype::kBFloat16:
-        run_logits<BFloat16>(*params, kernel, blocks_per_row, seed);
+        run_logits<BFloat16>(*params, kernel, blocks_per_row, rows_per_round, seed);
         break;
       case Dtype::kFloat16:
-        run_logits<Float16>(*params, kernel, blocks_per_row, seed);
+        run_logits<Float16>(*params, kernel, blocks_per_row, rows_per_round, seed);
         break;
     }
   } catch (const std::exception&) {

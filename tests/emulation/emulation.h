@@ -269,6 +269,11 @@ inline void send_to_block(float* shared, uint64_t* pending, int rank, float valu
   const auto offset = reinterpret_cast<float*>(pending) - all[emulation::block().rank].data();
   std::atomic_ref(*reinterpret_cast<uint64_t*>(&all[rank].at(offset))) -= sizeof value;
 }
+inline void send_pair_to_block(float* shared, uint64_t* pending, int rank, float first,
+                               float second) {
+  send_to_block(shared, pending, rank, first);
+  send_to_block(shared + 1, pending, rank, second);
+}
 inline void wait_for_bytes(uint64_t* pending) {
   while (std::atomic_ref(*pending) != 0) emulation::yield();
 }

@@ -17,7 +17,14 @@ from pathlib import Path
 
 HERE = Path(__file__).resolve().parent
 ARCHITECTURES = ["8.0", "8.6", "9.0", "12.0"]
-FAST = ("fused_kernel", "logits_kernel", "tile_stats_kernel", "block_kernel", "sample_kernel")
+FAST = (
+    "fused_kernel",
+    "logits_kernel",
+    "rounds_kernel",
+    "tile_stats_kernel",
+    "block_kernel",
+    "sample_kernel",
+)
 OTHERS = ("thread_per_row_kernel", "threshold_kernel", "floor_kernel")
 KERNEL = re.compile(rf"\d({'|'.join((*FAST, *OTHERS))})[IE]")  # in a mangled name
 STEPS = {"0": "in cluster", "1": "alone", "2": "sum", "3": "select"}

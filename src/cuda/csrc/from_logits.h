@@ -54,9 +54,9 @@ FR_FUNCTION double double_from_bits(uint64_t bits) {
 
 // 2^t for t below 127, within 2e-7; 0 below -126 and for NaN; exactly 1 at 0. The same bits on
 // every machine, which neither libm nor the device's ex2 promises. Polynomial fitted on [-0.5,
-// 0.5].
+// 0.5]. Here and below what does not count is left out last, by a choice between two values: as a
+// branch it would keep the device from working on several elements at once.
 FR_FUNCTION float exp2_portable(float t) {
-  if (!(t > -126.0f)) return 0.0f;
   constexpr float shift = 12582912.0f;  // 1.5 * 2^23: adding it rounds to an integer
   const float shifted = t + shift;
   const float f = t - (shifted - shift);
@@ -67,12 +67,13 @@ FR_FUNCTION float exp2_portable(float t) {
   y = fmaf(y, f, 0x1.ebfbdap-3f);
   y = fmaf(y, f, 0x1.62e43p-1f);
   y = fmaf(y, f, 1.0f);
-  return float_from_bits(bits_of(y) + (bits_of(shifted) << 23));
+  const float power = float_from_bits(bits_of(y) + (bits_of(shifted) << 23));
+  return t > -126.0f ? power : 0.0f;
 }
 
 // 1 - 2^t for t <= 0, without cancellation near 0.
 FR_FUNCTION float one_minus_exp2(float t) {
-  if (t < -0.5f) return 1.0f - exp2_portable(t);
+  const float far = 1.0f - exp2_portable(t);
   float y = 1.3108199709677137e-05f;
   y = fmaf(y, t, 1.5259125211741775e-04f);
   y = fmaf(y, t, 1.3328662607818842e-03f);
@@ -80,7 +81,8 @@ FR_FUNCTION float one_minus_exp2(float t) {
   y = fmaf(y, t, 5.5504102259874344e-02f);
   y = fmaf(y, t, 2.4022650718688965e-01f);
   y = fmaf(y, t, 6.931471824645996e-01f);
-  return -t * y;
+  const float near = -t * y;
+  return t < -0.5f ? far : near;
 }
 
 // log2 of a positive, normal number: the same bits on every machine.
@@ -115,8 +117,8 @@ struct Softmax {
 
   FR_FUNCTION float operator()(float logit) const {
     const float x = finite_logit(logit);
-    if (!keeps(x)) return 0.0f;
-    return exp2_portable((x - reference) * scale - remainder);
+    const float power = exp2_portable((x - reference) * scale - remainder);
+    return keeps(x) ? power : 0.0f;
   }
 };
 
@@ -165,7 +167,7 @@ struct LogitsParams {
   const float* top_p;             // [B] or null
   const float* min_p;             // [B] or null
   const double* draft_logsumexp;  // [B, K] or null
-  double* logsumexp;              // [B]: the last row's, or null
+  double* logsumexp;              // [B]: of the one row where K is 0, or null
 
   FR_FUNCTION bool filters() const { return top_k || top_p || min_p; }
   FR_FUNCTION bool is_greedy(int64_t b) const { return temperature && !(temperature[b] > 0); }
@@ -191,9 +193,9 @@ struct LogitsRow {
   bool q_is_logits;
   const TileStats* stats;  // of p
   float largest;
-  Softmax softmax;        // of p
-  float draft_threshold;  // q's least kept logit; +inf where q has no mass
-  double shift;           // log2(q / p) = (x_q - x_p) * scale + shift
+  Softmax softmax;          // of p
+  float draft_threshold;    // q's least kept logit; +inf where q has no mass
+  float shift, shift_rest;  // log2(q / p) = (x_q - x_p) * scale + shift + shift_rest
 
   FR_FUNCTION bool from_stats() const { return !q && one_hot < 0; }
   FR_FUNCTION double tile_mass(int tile) const {
@@ -213,22 +215,31 @@ struct LogitsRow {
     const float x = finite_logit(q_i);
     if (!(x >= draft_threshold && x > kNegativeInfinity)) return 0.0f;
     const float log2_q = (x - softmax.reference) * softmax.scale - softmax.remainder;
-    return exp2_portable(log2_q + static_cast<float>(shift));
+    return exp2_portable(log2_q + shift);
   }
 
   FR_FUNCTION float with_draft(float p_i, float q_i) const {
     const float probability = softmax(p_i);
     if (!q_is_logits) return weight(probability, q_i);
     const float x_p = finite_logit(p_i), x_q = finite_logit(q_i);
-    if (!(x_q >= draft_threshold && x_q > kNegativeInfinity)) return probability;
-    const float difference = (x_q - x_p) * softmax.scale, shift_f = static_cast<float>(shift);
-    float log2_ratio = difference + shift_f;
-    // Where the two cancel, as on a token that both sides are nearly sure of, float32 has no digits
-    // left; elsewhere it has enough, and float64 is slow on most cards.
-    if (fabsf(log2_ratio) < fabsf(shift_f) * 0.0625f) {
-      log2_ratio = static_cast<float>((static_cast<double>(x_q) - x_p) * softmax.scale + shift);
-    }
-    return log2_ratio < 0.0f ? probability * one_minus_exp2(log2_ratio) : 0.0f;
+    const float log2_ratio = log2_of_ratio(x_p, x_q);
+    const float difference = probability * one_minus_exp2(log2_ratio);
+    const float residual = log2_ratio < 0.0f ? difference : 0.0f;
+    return x_q >= draft_threshold && x_q > kNegativeInfinity ? residual : probability;
+  }
+
+  // log2(q / p). Where the logits' difference and the shift cancel, as on a token that both sides
+  // are nearly sure of, float32 has no digits left: there with what its roundings lose. Not in
+  // float64, which is slow on most cards.
+  FR_FUNCTION float log2_of_ratio(float x_p, float x_q) const {
+    const float difference = x_q - x_p, scaled = difference * softmax.scale;
+    const float ratio = scaled + shift;
+    const float rounded = x_q - difference;  // about x_p
+    const float lost = (x_q - (difference + rounded)) + (rounded - x_p);
+    const float rest =
+        fmaf(difference, softmax.scale, -scaled) + fmaf(lost, softmax.scale, shift_rest);
+    const bool cancels = fabsf(ratio) < fabsf(shift) * 0.0625f;
+    return cancels ? ratio + rest : ratio;  // where they cancel, `ratio` is an exact difference
   }
 
   FR_FUNCTION float without_draft(float p_i, int i) const {
@@ -251,6 +262,12 @@ struct LogitsRow {
   }
 };
 
+// What the test of a draft reads of its rows: the token's logit in the target's, and its logit or
+// probability in the draft's, 1 for a one-hot draft.
+struct DraftValues {
+  float target, draft;
+};
+
 // `Summaries` offers target(k) and draft(k), the RowSummary of a position.
 template <typename T, typename Summaries>
 struct LogitsRequest : Request<T> {
@@ -271,20 +288,30 @@ struct LogitsRequest : Request<T> {
     return softmax_of(summary.logsumexp, scale, summary.threshold);
   }
 
+  // Draft k, the token `id`, in the two rows; nothing is read where the test needs neither.
+  FR_FUNCTION DraftValues values(int64_t k, int64_t id) const {
+    if (!this->in_vocab(id) || greedy) return {};
+    const T* draft_row = this->draft_row(k);
+    return {static_cast<float>(read_argument(this->target_row(k) + id)),
+            draft_row ? static_cast<float>(read_argument(draft_row + id)) : 1.0f};
+  }
+
   template <typename Uniform>
   FR_FUNCTION bool accepts_draft(int64_t k, int64_t id, const Uniform& u) const {
+    return accepts_values(k, id, values(k, id), u);
+  }
+
+  template <typename Uniform>
+  FR_FUNCTION bool accepts_values(int64_t k, int64_t id, const DraftValues& values,
+                                  const Uniform& u) const {
     if (!this->in_vocab(id)) return false;
     const RowSummary target = summaries.target(k);
     if (greedy) return id == target.argmax;
-    const float x_p = finite_logit(static_cast<float>(read_argument(this->target_row(k) + id)));
+    const float x_p = finite_logit(values.target);
     const Softmax p = softmax(target);
     if (!p.keeps(x_p)) return false;
-    const T* draft_row = this->draft_row(k);
-    if (!draft_row || !logits->draft_is_logits) {
-      return accepts(u(), draft_row ? static_cast<float>(read_argument(draft_row + id)) : 1.0f,
-                     p(x_p));
-    }
-    const float x_q = finite_logit(static_cast<float>(read_argument(draft_row + id)));
+    if (!this->q || !logits->draft_is_logits) return accepts(u(), values.draft, p(x_p));
+    const float x_q = finite_logit(values.draft);
     const RowSummary draft = summaries.draft(k);
     if (!softmax(draft).keeps(x_q)) return true;
     return accepts(u(), exp2_portable(log2_ratio(x_q, draft, x_p, target)), 1);
@@ -333,7 +360,9 @@ struct LogitsRequest : Request<T> {
     if (row.q && row.q_is_logits) {
       const RowSummary draft = summaries.draft(k);
       row.draft_threshold = softmax(draft).threshold;
-      row.shift = (target.logsumexp - draft.logsumexp) * kLog2E;
+      const double shift = (target.logsumexp - draft.logsumexp) * kLog2E;
+      row.shift = static_cast<float>(shift);
+      row.shift_rest = static_cast<float>(shift - row.shift);
     } else if (!row.q && this->in_vocab(id)) {
       row.one_hot = static_cast<int>(id);
     }
@@ -391,6 +420,9 @@ FR_HOST_DEVICE constexpr int64_t num_draft_rows(const LogitsParams& a) {
 
 struct LogitsPlan {
   Plan fused;
+  // Target rows that one launch, in clusters, takes at a time until a draft is rejected; 0: all
+  // rows in a launch before.
+  int rows_per_round;
   int64_t workspace_bytes;  // uninitialised device memory that launch_from_logits wants
 };
 

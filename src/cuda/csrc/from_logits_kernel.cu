@@ -1,6 +1,8 @@
-// The CUDA kernels on logits. Two launches: a pass over all rows at once (a warp a tile), and the
-// fused kernel of warp.cuh, which finishes the rows' sums, decides, and draws from the one row that
-// matters. Filters add a search for each row's threshold and a second pass over what it keeps.
+// The CUDA kernels on logits. In clusters and without filters one launch, rounds_kernel, takes a
+// few rows at a time and stops at the first rejection. Else two launches: a pass over all rows at
+// once (a warp a tile), and the fused kernel of warp.cuh, which finishes the rows' sums, decides,
+// and draws from the one row that matters. Filters add a search for each row's threshold and a
+// second pass over what it keeps.
 #include "from_logits.h"
 #include "warp.cuh"
 
@@ -37,39 +39,118 @@ __device__ LogitsRowAt<T> locate_row(const LogitsParams& a, int64_t row) {
 __device__ __forceinline__ float warp_max(float value) {
 #pragma unroll
   for (int d = 1; d < kWarp; d *= 2) {
-    const float other = __shfl_xor_sync(kAllLanes, value, d);
-    value = other > value ? other : value;
+    value = fmaxf(value, __shfl_xor_sync(kAllLanes, value, d));
   }
   return value;
 }
 
+// 16 bytes of logits as they are loaded: unpacked, two 16-bit logits would take two registers.
+struct alignas(16) Words {
+  uint32_t word[4];
+};
+
+template <typename T>
+constexpr uint32_t kNegativeInfinityWord = 0xFF800000u;
+template <>
+constexpr uint32_t kNegativeInfinityWord<BFloat16> = 0xFF80FF80u;
+template <>
+constexpr uint32_t kNegativeInfinityWord<Float16> = 0xFC00FC00u;
+
+// A lane's share of a tile of logits, -inf beyond the vocabulary.
+template <typename T>
+struct RawTile {
+  Words words[kVectors<T>];
+
+  __device__ __forceinline__ float at(int j, int e) const {
+    if constexpr (sizeof(T) == 4) {
+      return __uint_as_float(words[j].word[e]);
+    } else {
+      return static_cast<float>(T{static_cast<uint16_t>(words[j].word[e / 2] >> (e % 2 * 16))});
+    }
+  }
+};
+
+__device__ __forceinline__ uint32_t word_of(const float& x) { return bits_of(x); }
+template <typename T>
+__device__ __forceinline__ uint32_t word_of(const T& x) {
+  return x.bits;
+}
+
+// 16 bytes one element at a time; the first `left` of them exist. Packed only once all are there.
+template <typename T>
+__device__ __forceinline__ Words load_elements(const T* from, int left) {
+  constexpr int per_word = 4 / sizeof(T), bits = 8 * sizeof(T);
+  uint32_t element[kVector<T>];
+#pragma unroll
+  for (int e = 0; e < kVector<T>; ++e) {
+    element[e] = kNegativeInfinityWord<T> >> (32 - bits);
+    if (e < left) element[e] = word_of(read_argument(from + e));
+  }
+  Words words = {};
+#pragma unroll
+  for (int e = 0; e < kVector<T>; ++e) {
+    words.word[e / per_word] |= element[e] << (e % per_word * bits);
+  }
+  return words;
+}
+
+// One warp: reads a tile. No load waits for another.
+template <typename T>
+__device__ __forceinline__ void load_tile(const T* x, int tile, int vocab_size, int lane,
+                                          RawTile<T>& raw) {
+  constexpr int step = kWarp * kVector<T>;
+  const int begin = tile * kTile + lane * kVector<T>, left = vocab_size - begin;
+  if (by_vectors<T>(x, nullptr, vocab_size)) {
+#pragma unroll
+    for (int j = 0; j < kVectors<T>; ++j) {
+#pragma unroll
+      for (uint32_t& word : raw.words[j].word) word = kNegativeInfinityWord<T>;
+      if (j * step < left) {
+        raw.words[j] = read_argument(reinterpret_cast<const Words*>(x + begin + j * step));
+      }
+    }
+  } else {
+#pragma unroll
+    for (int j = 0; j < kVectors<T>; ++j) {
+      raw.words[j] = load_elements(x + begin + j * step, left - j * step);
+    }
+  }
+}
+
 // One warp: the statistics of a tile, in every lane.
 template <typename T>
-__device__ __forceinline__ TileStats warp_tile_stats(const T* x, int tile, int vocab_size,
-                                                     bool vectors, float scale, float threshold,
-                                                     int lane) {
-  const int begin = tile * kTile + lane * kVector<T>;
+__device__ __forceinline__ TileStats warp_tile_stats(const RawTile<T>& raw, float scale,
+                                                     float threshold) {
   Share<T, float> w;
-  read_tile(tile, begin, vocab_size, vectors, [&](int left, bool by_vector) {
-    Share<T, T> raw;
-    load_share(x + begin, left, by_vector, raw);
-    const T* values = &raw.value[0][0];
-    int at = 0;
-    w.each([&](float& w_i, int i) {
-      const float x_i = static_cast<float>(values[at++]);
-      w_i = i < left ? x_i : kNegativeInfinity;
+#pragma unroll
+  for (int j = 0; j < kVectors<T>; ++j) {
+#pragma unroll
+    for (int e = 0; e < kVector<T>; ++e) w.value[j][e] = raw.at(j, e);
+  }
+  if (threshold > kNegativeInfinity) {
+    w.each([&](float& w_i, int) {
+      const float logit = finite_logit(w_i);
+      w_i = logit >= threshold ? logit : kNegativeInfinity;
     });
-  });
+  }
   float largest = kNegativeInfinity;
-  w.each([&](float& w_i, int) {
-    const float logit = finite_logit(w_i);
-    w_i = logit >= threshold ? logit : kNegativeInfinity;
-    largest = w_i > largest ? w_i : largest;
-  });
+  w.each([&](float w_i, int) { largest = fmaxf(largest, w_i); });  // a NaN is left out
   largest = warp_max(largest);
-  const bool empty = !(largest > kNegativeInfinity);
-  w.each([&](float& w_i, int) { w_i = empty ? 0.0f : exp2_portable((w_i - largest) * scale); });
+  if (!(largest > kNegativeInfinity)) return {largest, 0.0f};
+  if (largest > kLargestFloat) {
+    w.each([&](float& w_i, int) { w_i = finite_logit(w_i); });
+    largest = kLargestFloat;
+  }
+  w.each([&](float& w_i, int) { w_i = exp2_portable((w_i - largest) * scale); });  // 0 for a NaN
   return {largest, warp_sum(w)};
+}
+
+template <typename T>
+__device__ __forceinline__ TileStats warp_tile_stats(const T* x, int tile, int vocab_size,
+                                                     float scale, float threshold, int lane) {
+  RawTile<T> raw;
+  load_tile(x, tile, vocab_size, lane, raw);
+  return warp_tile_stats(raw, scale, threshold);
 }
 
 // A warp a tile, over all rows. `thresholds` [rows] or null.
@@ -87,8 +168,7 @@ __global__ void __launch_bounds__(kMaxWarps* kWarp, kResidentBlocks)
   if (!at.x || tile >= tiles) return;
   const float threshold = thresholds ? thresholds[row] : kNegativeInfinity;
   const TileStats tile_stats =
-      warp_tile_stats(at.x, tile, vocab_size, by_vectors<T>(at.x, nullptr, vocab_size),
-                      a.scale(at.b), threshold, lane);
+      warp_tile_stats(at.x, tile, vocab_size, a.scale(at.b), threshold, lane);
   if (lane == 0) stats[row * tiles + tile] = tile_stats;
 }
 
@@ -318,6 +398,225 @@ __global__ void __launch_bounds__(kMaxWarps* kWarp, 1)
   }
 }
 
+// ---- Verification without filters in one launch: the blocks of a request take its rows in rounds.
+// In a round they share out the tiles of the next few target rows, and of the draft's rows where
+// their logsumexp was not given, and tell one another the tiles' statistics; then each block
+// finishes the rows and decides. Rows after the round of the first rejection are never read.
+
+struct DraftToken {
+  int64_t id;
+  float u;
+  DraftValues values;
+};
+
+// Rows whose tiles' statistics a block keeps: K + 1 of the target, then maybe K of the draft.
+FR_HOST_DEVICE constexpr int64_t rounds_rows(const LogitsParams& a) {
+  return a.base.spec_length + 1 + (num_draft_rows(a) > 0 ? a.base.spec_length : 0);
+}
+
+// The shared memory of rounds_kernel. Every row has a place of its own, so that no round waits for
+// another block to have left the one before it.
+struct RoundsMemory {
+  RowSummary* table;   // [2 K + 1], as TableSummaries
+  DraftToken* drafts;  // [K]
+  uint64_t* pending;   // [K + 1]: what each round still waits for
+  TileSums sums;
+  TileStats* stats;  // [rounds_rows][tiles]
+
+  __device__ RoundsMemory(void* shared, int64_t spec_length, int tiles) {
+    table = static_cast<RowSummary*>(shared);
+    drafts = reinterpret_cast<DraftToken*>(table + 2 * spec_length + 1);
+    pending = reinterpret_cast<uint64_t*>(drafts + spec_length);
+    sums.pending = pending + spec_length + 1;
+    sums.sums = reinterpret_cast<float*>(sums.pending + 2);
+    stats = reinterpret_cast<TileStats*>(sums.sums + 2 * tiles);
+  }
+};
+
+constexpr int64_t rounds_bytes(const LogitsParams& a) {
+  const int64_t k = a.base.spec_length, tiles = num_tiles(a.base.vocab_size);
+  const int64_t bytes = (2 * k + 1) * sizeof(RowSummary) + k * sizeof(DraftToken) +
+                        (k + 3) * sizeof(uint64_t) + 2 * tiles * sizeof(float);
+  return bytes + rounds_rows(a) * tiles * static_cast<int64_t>(sizeof(TileStats));
+}
+
+// The rows of one round: target rows `first` to `end`, then draft rows `first` to `drafts_end`.
+struct Round {
+  int64_t first, end, drafts_end;
+
+  __device__ int rows() const { return static_cast<int>(end - first + drafts_end - first); }
+  __device__ bool is_draft(int i) const { return i >= end - first; }
+  __device__ int64_t position(int i) const {
+    return is_draft(i) ? first + i - (end - first) : first + i;
+  }
+};
+
+// A request's rounds of `size` positions.
+struct Rounds {
+  int64_t drafts, size;
+  bool draft_rows;  // whether they are summed too
+
+  __device__ Round operator[](int64_t round) const {
+    const int64_t first = round * size, end = first + size < drafts + 1 ? first + size : drafts + 1;
+    return {first, end, !draft_rows ? first : end < drafts ? end : drafts};
+  }
+  __device__ int64_t count() const { return (drafts + size) / size; }
+};
+
+// A row of a round: its logits, and its place in `table` and, by tiles, in `stats`.
+template <typename T>
+struct RoundRow {
+  const T* x;
+  int64_t place;
+};
+
+template <typename Request>
+__device__ __forceinline__ auto row_of_round(const Request& request, const Round& round, int i) {
+  const int64_t k = round.position(i);
+  using T = std::remove_cv_t<std::remove_pointer_t<decltype(request.p)>>;
+  return round.is_draft(i) ? RoundRow<T>{request.draft_row(k), request.params->spec_length + 1 + k}
+                           : RoundRow<T>{request.target_row(k), k};
+}
+
+// One warp: what decides over the drafts, beside their rows' sums.
+template <typename Request>
+__device__ __forceinline__ void gather_drafts(const Request& request, const RoundsMemory& memory,
+                                              int lane) {
+  const LogitsParams& a = *request.logits;
+  const int64_t spec_length = a.base.spec_length;
+  for (int64_t k = lane; k < request.drafts; k += kWarp) {
+    const int64_t id = request.id(k);
+    const float u = uniform(a.base, request.b, k);  // while the id is on its way
+    memory.drafts[k] = {id, u, request.values(k, id)};
+    if (!a.draft_logsumexp) continue;
+    const double sum = a.draft_logsumexp[request.b * spec_length + k];
+    memory.table[spec_length + 1 + k] = {sum, nullptr, 0.0f, kNegativeInfinity, -1};
+  }
+}
+
+// This block's share of a round's tiles, each loaded while the one before it is summed. `meanwhile`
+// is called while the first is on its way.
+template <typename T, typename Request, typename Meanwhile>
+__device__ __forceinline__ void send_round(const Request& request, const Round& round,
+                                           uint64_t* pending, TileStats* stats, int rank,
+                                           int blocks_per_row, const Meanwhile& meanwhile) {
+  const int lane = threadIdx.x % kWarp, warp = threadIdx.x / kWarp, warps = blockDim.x / kWarp;
+  const int vocab_size = static_cast<int>(request.params->vocab_size);
+  const int tiles = num_tiles(vocab_size), rows = round.rows(), step = warps * blocks_per_row;
+  int i = 0, tile = rank * warps + warp;
+  RawTile<T> next;
+  TileStats* next_place = nullptr;  // null after the last
+  const auto load_next = [&] {
+    for (; tile >= tiles; tile -= tiles) ++i;
+    next_place = nullptr;
+    if (i >= rows) return;
+    const RoundRow<T> row = row_of_round(request, round, i);
+    load_tile(row.x, tile, vocab_size, lane, next);
+    next_place = stats + row.place * tiles + tile;
+    tile += step;
+  };
+  load_next();
+  meanwhile();
+  while (next_place) {
+    const RawTile<T> raw = next;
+    float* place = reinterpret_cast<float*>(next_place);
+    load_next();
+    const TileStats found = warp_tile_stats(raw, request.scale, kNegativeInfinity);
+    if (lane < blocks_per_row) {
+      send_pair_to_block(place, pending, lane, found.largest, found.sum);
+    }
+  }
+}
+
+// All warps of a block, a warp a row: the summaries of a round's rows, once their tiles are there.
+template <typename Request>
+__device__ __forceinline__ void summarize_round(const Request& request, const Round& round,
+                                                uint64_t* pending, const RoundsMemory& memory) {
+  const int lane = threadIdx.x % kWarp, warp = threadIdx.x / kWarp, warps = blockDim.x / kWarp;
+  const int vocab_size = static_cast<int>(request.params->vocab_size);
+  for (int i = warp; i < round.rows(); i += warps) {
+    const auto row = row_of_round(request, round, i);
+    wait_for_bytes(pending);
+    const RowSummary summary =
+        warp_summarize(row.x, memory.stats + row.place * num_tiles(vocab_size), request.scale,
+                       kNegativeInfinity, request.greedy, vocab_size, lane);
+    if (lane == 0) memory.table[row.place] = summary;
+  }
+}
+
+// One warp: the first position of a round that ends the request, -1 where its drafts are accepted.
+template <typename Request>
+__device__ __forceinline__ int64_t warp_stop(const Request& request, const Round& round,
+                                             const DraftToken* drafts, int lane) {
+  for (int64_t first = round.first; first < round.end; first += kWarp) {
+    const int64_t k = first + lane;
+    bool stops = k < round.end;
+    if (stops && k < request.drafts) {
+      const DraftToken& draft = drafts[k];
+      stops = !request.accepts_values(k, draft.id, draft.values, [&] { return draft.u; });
+    }
+    const unsigned any = __ballot_sync(kAllLanes, stops);
+    if (any) return first + __ffs(any) - 1;
+  }
+  return -1;
+}
+
+template <typename T>
+__global__ void __launch_bounds__(kMaxWarps* kWarp, 1)
+    rounds_kernel(const LogitsParams a, int blocks_per_row, int rows_per_round) {
+  using Request = LogitsRequest<T, TableSummaries>;
+  __shared__ Decision<typename Request::Row> decision;
+  __shared__ float recovery_uniform;
+  __shared__ bool stopped;
+  FR_DYNAMIC_SHARED(uint64_t, shared);
+
+  const int lane = threadIdx.x % kWarp, warp = threadIdx.x / kWarp, warps = blockDim.x / kWarp;
+  const auto [b, rank] = place_of<Step::kInCluster>(blocks_per_row);
+  const int tiles = num_tiles(a.base.vocab_size);
+  const RoundsMemory memory(shared, a.base.spec_length, tiles);
+  const Request request(a, b, {memory.table, a.base.spec_length});
+  const Rounds rounds{request.drafts > 0 ? request.drafts : 0, rows_per_round,
+                      num_draft_rows(a) > 0 && !request.greedy};
+  for (int64_t i = threadIdx.x; i < rounds.count(); i += blockDim.x) {
+    expect_bytes(memory.pending + i,
+                 rounds[i].rows() * tiles * static_cast<int>(sizeof(TileStats)));
+  }
+  if (threadIdx.x == blockDim.x - 1) expect_sums(memory.sums, tiles);
+  __syncwarp();
+  cluster_start();
+
+  for (int64_t i = 0;; ++i) {
+    const Round round = rounds[i];
+    uint64_t* pending = memory.pending + i;
+    send_round<T>(request, round, pending, memory.stats, rank, blocks_per_row, [&] {
+      if (i > 0) return;
+      if (warp == warps - 1) {
+        gather_drafts(request, memory, lane);
+        if (lane == 0) recovery_uniform = uniform(a.base, b, a.base.spec_length);
+      }
+      __syncwarp();
+      cluster_wait();
+    });
+    summarize_round(request, round, pending, memory);
+    __syncthreads();
+    if (warp == 0) {
+      const int64_t stop = warp_stop(request, round, memory.drafts, lane);
+      if (lane == 0) {
+        stopped = stop >= 0;
+        if (stop >= 0) {
+          const int64_t id = stop < request.drafts ? memory.drafts[stop].id : kPlaceholderTokenId;
+          decision = {stop, request.row(stop, id)};
+          if (a.logsumexp && rank == 0) a.logsumexp[b] = memory.table[stop].logsumexp;
+        }
+      }
+    }
+    __syncthreads();
+    if (stopped) break;
+  }
+  draw_token<Step::kInCluster>(request, decision, recovery_uniform, rank, blocks_per_row,
+                               memory.sums);
+}
+
 // sample_from_logits without filters, in one launch and one pass: the blocks of a request tell one
 // another their tiles' statistics, and the one that owns the drawn tile finds it in its own L1.
 template <typename T>
@@ -334,15 +633,13 @@ __global__ void __launch_bounds__(kMaxWarps* kWarp, kResidentBlocks)
   const int vocab_size = static_cast<int>(a.base.vocab_size), tiles = num_tiles(vocab_size);
   const Request<T> request(a.base, b);
   const T* x = request.target_row(0);
-  const bool vectors = by_vectors<T>(x, nullptr, vocab_size), greedy = a.is_greedy(b);
+  const bool greedy = a.is_greedy(b);
   const float scale = a.scale(b);
   cluster_wait();
   for (int tile = rank * warps + warp; tile < tiles; tile += warps * blocks_per_row) {
-    const TileStats found =
-        warp_tile_stats(x, tile, vocab_size, vectors, scale, kNegativeInfinity, lane);
+    const TileStats found = warp_tile_stats(x, tile, vocab_size, scale, kNegativeInfinity, lane);
     if (lane < blocks_per_row) {
-      send_to_block(shared + 2 * tile, pending, lane, found.largest);
-      send_to_block(shared + 2 * tile + 1, pending, lane, found.sum);
+      send_pair_to_block(shared + 2 * tile, pending, lane, found.largest, found.sum);
     }
   }
   if (warp != 0) return;
@@ -382,6 +679,9 @@ const void* const kLogitsKernels[] = {
     reinterpret_cast<const void*>(&sample_kernel<float>),
     reinterpret_cast<const void*>(&sample_kernel<BFloat16>),
     reinterpret_cast<const void*>(&sample_kernel<Float16>),
+    reinterpret_cast<const void*>(&rounds_kernel<float>),
+    reinterpret_cast<const void*>(&rounds_kernel<BFloat16>),
+    reinterpret_cast<const void*>(&rounds_kernel<Float16>),
     reinterpret_cast<const void*>(&logits_kernel<float, Step::kInCluster, false>),
     reinterpret_cast<const void*>(&logits_kernel<BFloat16, Step::kInCluster, false>),
     reinterpret_cast<const void*>(&logits_kernel<Float16, Step::kInCluster, false>),
@@ -396,12 +696,31 @@ bool is_plain_sample(const LogitsParams& a, Exchange exchange) {
          !(a.top_k || a.top_p || a.min_p);
 }
 
+// Whether rounds_kernel can do it.
+bool runs_in_rounds(const LogitsParams& a, Exchange exchange) {
+  return exchange == Exchange::kCluster && !is_plain_sample(a, exchange) &&
+         !a.base.block_verification && !(a.top_k || a.top_p || a.min_p) &&
+         rounds_bytes(a) <= kMaxSharedBytes;
+}
+
+// A round costs its warps, beside their tiles, an exchange, a summary and a decision, which is the
+// time of about so many tiles. A round is made at least as long.
+constexpr int64_t kTilesOfRound = 4;
+
+int rows_per_round(const LogitsParams& a, int blocks_per_row) {
+  const int64_t warps = blocks_per_row * warps_per_block(a.base.vocab_size);
+  const int64_t tiles = num_tiles(a.base.vocab_size) * (num_draft_rows(a) > 0 ? 2 : 1);
+  const int64_t rows = (kTilesOfRound * warps + tiles / 2) / tiles;
+  return static_cast<int>(std::clamp<int64_t>(rows, 1, a.base.spec_length + 1));
+}
+
 // The workspace: tile statistics, thresholds, tile sums.
 struct Workspace {
   int64_t stats_bytes, thresholds_bytes, sums_bytes;
 
-  Workspace(const LogitsParams& a, Exchange exchange) {
-    const bool needed = !is_plain_sample(a, exchange);
+  Workspace(const LogitsParams& a, const LogitsPlan& plan) {
+    const Exchange exchange = plan.fused.exchange;
+    const bool needed = !is_plain_sample(a, exchange) && plan.rows_per_round == 0;
     const int64_t rows = needed ? num_target_rows(a.base) + num_draft_rows(a) : 0;
     const int64_t tiles = num_tiles(a.base.vocab_size);
     stats_bytes = rows * tiles * static_cast<int64_t>(sizeof(TileStats));
@@ -425,9 +744,10 @@ int64_t cluster_bytes(const LogitsParams& a) {
 
 template <typename T>
 struct LaunchLogits {
-  static cudaError_t run(const LogitsParams& a, const Plan& plan, char* workspace,
+  static cudaError_t run(const LogitsParams& a, const LogitsPlan& logits_plan, char* workspace,
                          cudaStream_t stream) {
-    const Workspace sizes(a, plan.exchange);
+    const Plan& plan = logits_plan.fused;
+    const Workspace sizes(a, logits_plan);
     TileStats* stats = reinterpret_cast<TileStats*>(workspace);
     float* thresholds =
         sizes.thresholds_bytes ? reinterpret_cast<float*>(workspace + sizes.stats_bytes) : nullptr;
@@ -440,6 +760,10 @@ struct LaunchLogits {
       const size_t shared_bytes = sizeof(uint64_t) + tiles * sizeof(TileStats);
       return launch_in_clusters(sample_kernel<T>, config, n, static_cast<int64_t>(shared_bytes), a,
                                 n);
+    }
+    if (logits_plan.rows_per_round > 0) {
+      return launch_in_clusters(rounds_kernel<T>, config, n, rounds_bytes(a), a, n,
+                                logits_plan.rows_per_round);
     }
 
     cudaLaunchConfig_t pass = configure(rows * ((tiles + warps - 1) / warps), threads, stream);
@@ -489,7 +813,9 @@ int plan_from_logits(const LogitsParams& a, Exchange exchange, int blocks_per_ro
                         blocks_per_row, &plan->fused);
   }
   if (error != cudaSuccess) return error;
-  const Workspace sizes(a, plan->fused.exchange);
+  plan->rows_per_round =
+      runs_in_rounds(a, plan->fused.exchange) ? rows_per_round(a, plan->fused.blocks_per_row) : 0;
+  const Workspace sizes(a, *plan);
   plan->workspace_bytes = sizes.stats_bytes + sizes.thresholds_bytes + sizes.sums_bytes;
   return cudaSuccess;
 }
@@ -497,7 +823,7 @@ int plan_from_logits(const LogitsParams& a, Exchange exchange, int blocks_per_ro
 int launch_from_logits(const LogitsParams& a, const LogitsPlan& plan, void* workspace,
                        void* stream) {
   if (a.base.batch_size == 0) return cudaSuccess;
-  return for_dtype<LaunchLogits>(a.base.dtype, a, plan.fused, static_cast<char*>(workspace),
+  return for_dtype<LaunchLogits>(a.base.dtype, a, plan, static_cast<char*>(workspace),
                                  static_cast<cudaStream_t>(stream));
 }
 

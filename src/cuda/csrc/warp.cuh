@@ -99,6 +99,23 @@ __device__ __forceinline__ void send_to_block(float* shared, uint64_t* pending, 
 #endif
 }
 
+// Two adjacent values at once, `shared` being aligned to 8 bytes.
+__device__ __forceinline__ void send_pair_to_block(float* shared, uint64_t* pending, int rank,
+                                                   float first, float second) {
+#if __CUDA_ARCH__ >= 900
+  const uint32_t here = static_cast<uint32_t>(__cvta_generic_to_shared(shared));
+  const uint32_t count_here = static_cast<uint32_t>(__cvta_generic_to_shared(pending));
+  uint32_t there, count_there;
+  asm("mapa.shared::cluster.u32 %0, %1, %2;" : "=r"(there) : "r"(here), "r"(rank));
+  asm("mapa.shared::cluster.u32 %0, %1, %2;" : "=r"(count_there) : "r"(count_here), "r"(rank));
+  asm volatile(
+      "st.async.shared::cluster.mbarrier::complete_tx::bytes.v2.f32 [%0], {%1, %2}, [%3];" ::"r"(
+          there),
+      "f"(first), "f"(second), "r"(count_there)
+      : "memory");
+#endif
+}
+
 // Waits until every byte is there. Not .acquire.cluster, which would also empty the L1 cache: what
 // arrives is this block's own shared memory.
 __device__ __forceinline__ void wait_for_bytes(uint64_t* pending) {
@@ -481,32 +498,20 @@ __device__ __forceinline__ void sweep(const Row& row, int rank, int blocks_per_r
   }
 }
 
-// The body of a kernel whose grid has blocks_per_row blocks a request, of which this one is `rank`.
-// In a cluster expect_sums() and, by every thread, cluster_start() have been called before.
+// Draws and stores what follows the decision, and stores the decision. For all threads of the
+// blocks of a request, of which this one is `rank`.
 template <Step step, typename Request>
-__device__ __forceinline__ void sample_request(const Request& request, int rank, int blocks_per_row,
-                                               const TileSums& all) {
+__device__ __forceinline__ void draw_token(const Request& request,
+                                           const Decision<typename Request::Row>& decision,
+                                           const float& recovery_uniform, int rank,
+                                           int blocks_per_row, const TileSums& all) {
   using Row = typename Request::Row;
-  __shared__ Decision<Row> decision;
-  __shared__ float recovery_uniform;
   __shared__ bool picked;
 
   const Params& a = *request.params;
   const int lane = threadIdx.x % kWarp, warp = threadIdx.x / kWarp, warps = blockDim.x / kWarp;
   const int vocab_size = static_cast<int>(a.vocab_size), tiles = num_tiles(vocab_size);
   const bool is_last = warp == warps - 1;
-  if (is_last) {
-    const float u = uniform(a, request.b, a.spec_length);
-    if (lane == 0) recovery_uniform = u;
-  }
-  if (warp == 0) {
-    const Decision<Row> decided = warp_decide(request, lane);
-    if (lane == 0) decision = decided;
-  }
-  __syncthreads();
-  // No block writes into another's shared memory before that block has started.
-  if (step == Step::kInCluster) cluster_wait();
-
   const int64_t accepted = decision.accepted;
   Row row = decision.row;
   // All but the drawn token. By one warp, once it has swept: what waits for memory comes first.
@@ -566,6 +571,31 @@ __device__ __forceinline__ void sample_request(const Request& request, int rank,
     if (picked) return;
     row = row.target();  // no residual: draw from p
   }
+}
+
+// The body of a kernel whose grid has blocks_per_row blocks a request, of which this one is `rank`.
+// In a cluster expect_sums() and, by every thread, cluster_start() have been called before.
+template <Step step, typename Request>
+__device__ __forceinline__ void sample_request(const Request& request, int rank, int blocks_per_row,
+                                               const TileSums& all) {
+  using Row = typename Request::Row;
+  __shared__ Decision<Row> decision;
+  __shared__ float recovery_uniform;
+
+  const Params& a = *request.params;
+  const int lane = threadIdx.x % kWarp, warp = threadIdx.x / kWarp, warps = blockDim.x / kWarp;
+  if (warp == warps - 1) {
+    const float u = uniform(a, request.b, a.spec_length);
+    if (lane == 0) recovery_uniform = u;
+  }
+  if (warp == 0) {
+    const Decision<Row> decided = warp_decide(request, lane);
+    if (lane == 0) decision = decided;
+  }
+  __syncthreads();
+  // No block writes into another's shared memory before that block has started.
+  if (step == Step::kInCluster) cluster_wait();
+  draw_token<step>(request, decision, recovery_uniform, rank, blocks_per_row, all);
 }
 
 // One warp: Spans::total of tile sums, in every lane.
