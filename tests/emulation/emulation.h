@@ -213,12 +213,18 @@ inline unsigned __ballot_sync(unsigned, bool predicate) {
   return bits;
 }
 template <typename T>
-void atomicAdd(T* address, T value) {
+T atomicAdd(T* address, T value) {
+  const T old = *address;
   *address += value;  // the threads that share an address take turns
+  return old;
 }
 template <typename T>
 void atomicMin(T* address, T value) {
   *address = std::min(*address, value);
+}
+template <typename T>
+void atomicMax(T* address, T value) {
+  *address = std::max(*address, value);
 }
 inline int __ffs(unsigned bits) { return __builtin_ffs(static_cast<int>(bits)); }
 inline int __clz(unsigned bits) { return bits ? __builtin_clz(bits) : 32; }
