@@ -13,6 +13,7 @@ namespace {
 constexpr int kThresholdWarps = 32;
 constexpr int kBins = kWarp * kWarp;  // a warp finds a bin in two steps
 constexpr int kBinsPerOctave = 16;
+constexpr int kNoTile = -1;
 constexpr int kListBytes = 32 * 1024;
 constexpr float kLeastFloat = -kLargestFloat;
 
@@ -78,30 +79,34 @@ struct RowSource {
   const TileStats* stats;
   int vocab_size;
 
-  // All warps: visit(share, left) for the tiles that reach `floor`, left as in load_share. Two
-  // tiles' loads are on their way at a time.
-  template <typename Visit>
+  // All warps: visit(share, left) for the tiles that reach `floor`, left as in load_share; `ahead`:
+  // two tiles' loads are on their way at a time.
+  template <bool ahead, typename Visit>
   __device__ __forceinline__ void tiles(float floor, const Visit& visit) const {
-    const int lane = block_lane(), warp = block_warp(), warps = block_warps();
-    const int count = num_tiles(vocab_size);
+    const int lane = block_lane(), warps = block_warps(), count = num_tiles(vocab_size);
     const bool vectors = by_vectors<T>(x, nullptr, vocab_size);
-    for (int first = warp; first < count; first += warps * kWarp) {
+    for (int first = block_warp(); first < count; first += warps * kWarp) {
       const int mine = first + lane * warps;
       unsigned todo = __ballot_sync(kAllLanes, mine < count && stats[mine].largest >= floor);
       while (todo) {
-        const int begin = take(&todo, first, warps, lane), next = take(&todo, first, warps, lane);
+        const int begin = take(&todo, first, warps, lane);
         Share<T, T> share, other;
         load(begin, vectors, share);
-        load(next, vectors, other);
-        visit(share, vocab_size - begin);
-        if (next < vocab_size) visit(other, vocab_size - next);
+        if constexpr (ahead) {
+          const int next = take(&todo, first, warps, lane);
+          load(next, vectors, other);
+          visit(share, vocab_size - begin);
+          if (next != kNoTile) visit(other, vocab_size - next);
+        } else {
+          visit(share, vocab_size - begin);
+        }
       }
     }
   }
 
   template <typename F>
   __device__ __forceinline__ void each(float floor, const F& f) const {
-    tiles(floor, [&](Share<T, T>& share, int left) {
+    tiles<false>(floor, [&](Share<T, T>& share, int left) {
       share.each([&](T& value, int i) {
         const float x_i = static_cast<float>(value);  // NaN is not >= floor
         if (x_i >= floor && i < left) f(finite_logit(x_i));
@@ -109,16 +114,17 @@ struct RowSource {
     });
   }
 
-  // The lane's first index in the next tile to do; beyond the vocabulary where there is none.
+  // The lane's first index in the next tile to do; kNoTile where there is none.
   __device__ __forceinline__ int take(unsigned* todo, int first, int warps, int lane) const {
-    if (!*todo) return vocab_size;
+    if (!*todo) return kNoTile;
     const int tile = first + (__ffs(*todo) - 1) * warps;
     *todo &= *todo - 1;
     return tile * kTile + lane * kVector<T>;
   }
 
   __device__ __forceinline__ void load(int begin, bool vectors, Share<T, T>& share) const {
-    const int from = begin < vocab_size ? begin : 0, left = vocab_size - begin;
+    const int left = begin == kNoTile ? 0 : vocab_size - begin;
+    const int from = left > 0 ? begin : 0;
     if (vectors && left >= kTile) {
       load_share(x + from, kTile, true, share);
     } else {
@@ -173,7 +179,7 @@ __device__ __forceinline__ int collect(Search& s, const RowSource<T>& row, float
   __syncthreads();
   if (threadIdx.x == 0) s.count = 0;
   __syncthreads();
-  row.tiles(lo, [&](Share<T, T>& share, int left) {
+  row.template tiles<true>(lo, [&](Share<T, T>& share, int left) {
     const auto wanted = [&](T value, int i) {
       const float x = static_cast<float>(value);
       return x >= lo && (x <= hi || hi == kLargestFloat) && i < left;
