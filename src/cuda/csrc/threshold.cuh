@@ -325,9 +325,9 @@ __device__ __forceinline__ Found narrow(Search& s, const Source& source, const W
 
 // The largest logit in the range at which the weights reach what is wanted.
 template <typename T, typename WeightOf>
-__device__ __forceinline__ Found select(Search& s, const ListSource<T>& list,
-                                        const WeightOf& weight_of, const Wanted& wanted,
-                                        Range range, float* logit) {
+__device__ __noinline__ Found select(Search& s, const ListSource<T>& list,
+                                     const WeightOf& weight_of, const Wanted& wanted, Range range,
+                                     float* logit) {
   for (;;) {
     if (!tighten(s, list, &range)) return Found::kNone;
     *logit = range.lo;
@@ -504,7 +504,9 @@ struct ThresholdSearch {
 
   __device__ __forceinline__ void keep_share(float top_p) {
     const float unit = mass_unit(row.vocab_size);
-    const auto mass = [&](float x) { return mass_of(x, distance.largest, distance.scale, unit); };
+    const auto mass = [unit, d = distance](float x) {
+      return mass_of(x, d.largest, d.scale, unit);
+    };
     // Below this a mass is 0.
     const float massless = distance.least_within(-log2f(unit) - 1.0f);
     const float all = threshold > massless ? threshold : massless;
