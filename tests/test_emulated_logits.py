@@ -146,3 +146,83 @@ def test_sampling_gives_the_cpp_kernels_tokens_and_logsumexp(which):
         for blocks in CLUSTERS
     ]
     assert all(torch.equal(ours, logsumexp) for ours in logsumexps)
+
+
+# top_k, top_p, min_p of a row; -1 stands for V - 1 and -2 for V.
+FILTERS = [
+    (1, 1.0, 0.0),
+    (50, 1.0, 0.0),
+    (-1, 1.0, 0.0),
+    (-2, 1.0, 0.0),
+    (0, 0.01, 0.0),
+    (0, 0.9, 0.0),
+    (0, 0.999, 0.0),
+    (0, 1 - 2**-20, 0.0),
+    (50, 0.9, 0.02),
+    (400, 0.7, 0.3),
+    (0, 0.95, 0.05),
+    (0, 1.0, 0.1),
+]
+
+
+def check_thresholds(logits, launch=("workspace", 1), temperature=1.0):
+    """Every filter on one row; a row's logsumexp tells what was kept, to the bit."""
+    vocab_size, count = len(logits), len(FILTERS)
+    ranks = [{-1: vocab_size - 1, -2: vocab_size}.get(k, k) for k, _, _ in FILTERS]
+    options = {
+        "temperature": torch.full((count,), temperature),
+        "top_k": torch.tensor(ranks, dtype=torch.int32),
+        "top_p": torch.tensor([p for _, p, _ in FILTERS]),
+        "min_p": torch.tensor([m for _, _, m in FILTERS]),
+    }
+    rows, uniforms = logits.repeat(count, 1), torch.linspace(0, 1 - 2**-24, count)
+    tokens, logsumexp = (
+        from_logits.get("cpp").load().sample_from_logits(rows, uniforms=uniforms, **options)
+    )
+    output, ours = emulation.from_logits(*launch, schedule=vocab_size)(
+        torch.empty((count, 0), dtype=torch.int64),
+        rows[:, None],
+        uniforms=uniforms[:, None],
+        **options,
+    )
+    assert ours.tolist() == logsumexp.tolist()
+    assert torch.equal(output.token_ids[:, 0], tokens)
+
+
+def filtered_row(kind, vocab_size):
+    x = torch.randn(vocab_size, generator=torch.Generator().manual_seed(vocab_size))
+    nan, infinity = float("nan"), float("inf")
+    return {
+        "peaked": lambda: 4 * x,
+        "flat": lambda: 0.1 * x,
+        "equal": lambda: torch.full((vocab_size,), 1.5),
+        "around zero": lambda: x.round().clamp(-1, 1),
+        "ties": lambda: (2 * x).round(),
+        "coarse": lambda: (4 * x + 12).bfloat16(),
+        "half": lambda: (3 * x).half(),
+        "few": lambda: torch.where(x > 1.5, x, -infinity),
+        "nan": lambda: torch.where(x > 0, x, nan),
+        "nothing": lambda: torch.full((vocab_size,), nan),
+        "infinite": lambda: torch.where(x > 2, infinity, x),
+        "far apart": lambda: torch.where(x > 0, 3e38, -3e38) * x.abs().clamp(max=1),
+    }[kind]()
+
+
+KINDS = ["peaked", "flat", "equal", "around zero", "ties", "coarse", "half", "few"]
+KINDS += ["nan", "nothing", "infinite", "far apart"]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("vocab_size", [300, 4003])
+def test_thresholds_keep_what_the_cpp_kernel_keeps(vocab_size, kind):
+    check_thresholds(filtered_row(kind, vocab_size))
+
+
+@pytest.mark.parametrize("kind", ["peaked", "flat", "equal", "ties", "coarse"])
+def test_thresholds_of_rows_that_overflow_the_list(kind):
+    check_thresholds(filtered_row(kind, 20008))
+
+
+@pytest.mark.parametrize("temperature", [0.01, 0.7, 50.0])
+def test_thresholds_at_other_temperatures(temperature):
+    check_thresholds(filtered_row("peaked", 4003), temperature=temperature)

@@ -22,6 +22,7 @@
 #define __device__
 #define __global__
 #define __forceinline__ inline
+#define __noinline__
 #define __launch_bounds__(...)
 #define __shared__ static thread_local
 #define FR_DYNAMIC_SHARED(type, name) type* name = ::emulation::dynamic_shared<type>()
@@ -213,12 +214,18 @@ inline unsigned __ballot_sync(unsigned, bool predicate) {
   return bits;
 }
 template <typename T>
-void atomicAdd(T* address, T value) {
+T atomicAdd(T* address, T value) {
+  const T old = *address;
   *address += value;  // the threads that share an address take turns
+  return old;
 }
 template <typename T>
 void atomicMin(T* address, T value) {
   *address = std::min(*address, value);
+}
+template <typename T>
+void atomicMax(T* address, T value) {
+  *address = std::max(*address, value);
 }
 inline int __ffs(unsigned bits) { return __builtin_ffs(static_cast<int>(bits)); }
 inline int __clz(unsigned bits) { return bits ? __builtin_clz(bits) : 32; }

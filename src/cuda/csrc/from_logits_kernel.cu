@@ -4,6 +4,7 @@
 // and draws from the one row that matters. Filters add a search for each row's threshold and a
 // second pass over what it keeps.
 #include "from_logits.h"
+#include "threshold.cuh"
 #include "warp.cuh"
 
 #ifndef FR_EMULATION
@@ -220,113 +221,38 @@ __device__ RowSummary warp_summarize(const T* x, const TileStats* stats, float s
   return {logsumexp_of(total, largest, scale), stats, largest, threshold, -1};
 }
 
-// ---- Filters: a block a row looks for the threshold, eight bits of the logits' keys at a time.
-
-// The largest key at which the weights of the logits from it on reach `wanted`; false where they
-// never do. `weight_of(x)` is an integer, 0 for logits to leave out. For all threads of the block.
-template <typename T, typename WeightOf>
-__device__ bool block_select(const T* x, int vocab_size, uint64_t wanted, const WeightOf& weight_of,
-                             uint32_t* key) {
-  __shared__ unsigned long long histogram[256];
-  __shared__ unsigned long long remaining;
-  __shared__ uint32_t prefix;
-  __shared__ bool found;
-  const int thread = static_cast<int>(threadIdx.x), threads = static_cast<int>(blockDim.x);
-  if (thread == 0) {
-    remaining = wanted;
-    prefix = 0;
-    found = true;
-  }
-  for (int shift = 24; shift >= 0; shift -= 8) {
-    for (int bin = thread; bin < 256; bin += threads) histogram[bin] = 0;
-    __syncthreads();
-    const uint32_t known = prefix, mask = shift == 24 ? 0 : ~0u << (shift + 8);
-    for (int i = thread; i < vocab_size; i += threads) {
-      const float logit = finite_logit(static_cast<float>(read_argument(x + i)));
-      const uint32_t k = key_of(logit);
-      if ((k & mask) != known) continue;
-      const uint64_t w = weight_of(logit);
-      if (w) atomicAdd(&histogram[k >> shift & 255], static_cast<unsigned long long>(w));
-    }
-    __syncthreads();
-    if (thread == 0) {
-      int bin = 255;
-      while (bin >= 0 && histogram[bin] < remaining) remaining -= histogram[bin--];
-      if (bin < 0) found = false;
-      prefix |= static_cast<uint32_t>(bin < 0 ? 0 : bin) << shift;
-    }
-    __syncthreads();
-    if (!found) break;
-  }
-  *key = prefix;
-  const bool result = found;
-  __syncthreads();  // the next search reuses the shared variables
-  return result;
-}
+// ---- Filters: a block a row looks for the threshold.
 
 template <typename T>
-__global__ void __launch_bounds__(kMaxWarps* kWarp)
+__global__ void __launch_bounds__(kThresholdWarps* kWarp)
     threshold_kernel(const LogitsParams a, const TileStats* stats, float* thresholds) {
-  __shared__ float row_largest;
-  __shared__ unsigned long long total;
-  __shared__ uint32_t least_key;
-  const int thread = static_cast<int>(threadIdx.x), threads = static_cast<int>(blockDim.x);
+  __shared__ Search search;
   const int64_t row = blockIdx.x;
   const int vocab_size = static_cast<int>(a.base.vocab_size), tiles = num_tiles(vocab_size);
   const LogitsRowAt<T> at = locate_row<T>(a, row);
   if (!at.x) return;
-  if (thread < kWarp) {
-    const float largest = warp_largest(stats + row * tiles, tiles, thread);
-    if (thread == 0) {
-      row_largest = largest;
-      total = 0;
-      least_key = 0xFFFFFFFFu;
-    }
-  }
-  __syncthreads();
-  const float largest = row_largest, scale = a.scale(at.b), unit = mass_unit(vocab_size);
-  const bool has_mass = largest > kNegativeInfinity;
-  float threshold = kNegativeInfinity;
-  uint32_t key = 0;
   const int top_k = a.top_k ? a.top_k[at.b] : 0;
-  const auto kept = [&](float x) { return x >= threshold && x > kNegativeInfinity; };
-  if (has_mass && top_k > 0 && top_k < vocab_size) {
-    const auto one = [&](float x) -> uint64_t { return kept(x); };
-    if (block_select(at.x, vocab_size, top_k, one, &key)) threshold = logit_of(key);
-  }
-  const float top_p = a.top_p ? a.top_p[at.b] : 1.0f;
-  if (has_mass && top_p < 1.0f) {
-    const auto mass = [&](float x) -> uint64_t {
-      return kept(x) ? mass_of(x, largest, scale, unit) : 0;
-    };
-    uint64_t sum = 0;
-    for (int i = thread; i < vocab_size; i += threads) {
-      sum += mass(finite_logit(static_cast<float>(read_argument(at.x + i))));
+  const float top_p = a.top_p ? a.top_p[at.b] : 1.0f, min_p = a.min_p ? a.min_p[at.b] : 0.0f;
+  const bool by_rank = top_k > 0 && top_k < vocab_size;
+  const bool filtered = !a.is_greedy(at.b) && (by_rank || top_p < 1.0f || min_p > 0.0f);
+  const TileStats* row_stats = stats + row * tiles;
+  float threshold = kNegativeInfinity;
+  if (filtered) {
+    if (block_warp() == 0) {
+      const float largest = warp_largest(row_stats, tiles, block_lane());
+      if (threadIdx.x == 0) search.largest = largest;
     }
-    atomicAdd(&total, static_cast<unsigned long long>(sum));
     __syncthreads();
-    if (block_select(at.x, vocab_size, mass_wanted(top_p, total), mass, &key)) {
-      const float found = logit_of(key);
-      threshold = found > threshold ? found : threshold;
+    const Distance distance{search.largest, a.scale(at.b)};
+    if (distance.largest > kNegativeInfinity) {
+      ThresholdSearch<T> found{search, {at.x, row_stats, vocab_size}, distance};
+      if (by_rank) found.keep_top(top_k);
+      if (top_p < 1.0f) found.keep_share(top_p);
+      if (min_p > 0.0f) found.keep_near(min_p);
+      threshold = found.threshold;
     }
   }
-  const float min_p = a.min_p ? a.min_p[at.b] : 0.0f;
-  if (has_mass && min_p > 0.0f) {
-    uint32_t least = 0xFFFFFFFFu;
-    for (int i = thread; i < vocab_size; i += threads) {
-      const float x = finite_logit(static_cast<float>(read_argument(at.x + i)));
-      if (kept(x) && keeps_min_p(x, largest, scale, min_p)) {
-        const uint32_t k = key_of(x);
-        least = k < least ? k : least;
-      }
-    }
-    atomicMin(&least_key, least);
-    __syncthreads();
-    // A min_p above 1 would keep nothing: the largest always stays.
-    const float found = least_key == 0xFFFFFFFFu ? largest : logit_of(least_key);
-    threshold = found > threshold ? found : threshold;
-  }
-  if (thread == 0) thresholds[row] = threshold;
+  if (threadIdx.x == 0) thresholds[row] = threshold;
 }
 
 // ---- Verification
@@ -714,6 +640,8 @@ int rows_per_round(const LogitsParams& a, int blocks_per_row) {
   return static_cast<int>(std::clamp<int64_t>(rows, 1, a.base.spec_length + 1));
 }
 
+constexpr int64_t kFewRows = 132;  // about the multiprocessors of a large card
+
 // The workspace: tile statistics, thresholds, tile sums.
 struct Workspace {
   int64_t stats_bytes, thresholds_bytes, sums_bytes;
@@ -740,6 +668,12 @@ int64_t table_bytes(const LogitsParams& a) {
 
 int64_t cluster_bytes(const LogitsParams& a) {
   return exchange_bytes(a.base.vocab_size) + table_bytes(a);
+}
+
+// Few rows leave multiprocessors idle: then a row has as many loads in flight as one block can
+// have.
+int threshold_warps(int64_t rows, int tiles) {
+  return std::min(std::max(tiles, 2), rows <= kFewRows ? kThresholdWarps : kMaxWarps);
 }
 
 template <typename T>
@@ -771,7 +705,7 @@ struct LaunchLogits {
     cudaError_t error =
         cudaLaunchKernelEx(&pass, tile_stats_kernel<T>, a, rows, no_thresholds, stats);
     if (error == cudaSuccess && thresholds) {
-      cudaLaunchConfig_t search = configure(rows, threads, stream);
+      cudaLaunchConfig_t search = configure(rows, threshold_warps(rows, tiles) * kWarp, stream);
       const TileStats* known = stats;
       error = cudaLaunchKernelEx(&search, threshold_kernel<T>, a, known, thresholds);
       const float* found = thresholds;

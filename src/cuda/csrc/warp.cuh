@@ -410,6 +410,13 @@ __device__ __forceinline__ int warp_pick_token(const Row& row, const Pick& tile,
          warp_pick(kTile, weight_in_tile, [&](double) { return tile.rest; }, lane).item;
 }
 
+// The same as a call: inlined, it would take registers that a large kernel has not left.
+template <typename Row>
+__device__ __noinline__ int warp_call_pick_token(const Row& row, const Pick& tile, int vocab_size,
+                                                 int lane) {
+  return warp_pick_token(row, tile, vocab_size, lane);
+}
+
 // One warp: a token of a row whose from_stats() holds; 0 where it has no mass.
 template <typename Row>
 __device__ __forceinline__ int warp_draw_from_stats(const Row& row, int vocab_size, float u,
@@ -635,13 +642,13 @@ __device__ __forceinline__ void sample_block(const Request& request, int rank, i
   __shared__ Row shared_row;
   __shared__ int64_t prefix;
   __shared__ bool tested;  // the row's prefix is accepted whatever the sums are
-  __shared__ bool done, rejected;
+  __shared__ bool done, from_target;
+  __shared__ float recovery_uniform;
 
   const Params& a = *request.params;
   const int lane = threadIdx.x % kWarp, warp = threadIdx.x / kWarp;
   const int64_t b = request.b;
   const int vocab_size = static_cast<int>(a.vocab_size), tiles = num_tiles(vocab_size);
-  const float u = uniform(a, b, a.spec_length);
 
   // The longest prefix not longer than `k` that can be accepted, and its residual.
   const auto attempt = [&](int64_t k) {
@@ -654,6 +661,8 @@ __device__ __forceinline__ void sample_block(const Request& request, int rank, i
     const int64_t drafts = warp_reach(request, reach, lane);
     __syncwarp();
     if (lane == 0) {
+      recovery_uniform = uniform(a, b, a.spec_length);
+      from_target = false;
       if (drafts == 0 || uniform(a, b, drafts - 1) < reach[drafts]) {
         prefix = drafts;
         tested = true;
@@ -666,14 +675,13 @@ __device__ __forceinline__ void sample_block(const Request& request, int rank, i
   __syncthreads();
   if (step == Step::kInCluster) cluster_wait();
 
-  bool from_target = false;
   for (int pass = 0;; ++pass) {
-    Row row = shared_row;
-    if (from_target) row = row.target();
+    // `shared_row` is read anew where it is used: kept over the sweep it would take registers that
+    // the sweep wants.
     float* sums = step == Step::kInCluster ? all_sums + (pass & 1) * tiles : all_sums;
-    const bool swept = row.fixed_token < 0 && !row.from_stats();
+    const bool swept = shared_row.fixed_token < 0 && !shared_row.from_stats();
     if (swept) {
-      sweep(row, rank, blocks_per_row, vocab_size, [&](int tile, float sum) {
+      sweep(Row(shared_row), rank, blocks_per_row, vocab_size, [&](int tile, float sum) {
         if (step == Step::kInCluster) {
           if (lane < blocks_per_row) store_to_block(sums + tile, lane, sum);
         } else if (lane == 0) {
@@ -688,6 +696,8 @@ __device__ __forceinline__ void sample_block(const Request& request, int rank, i
       __syncthreads();
     }
     if (warp == 0) {
+      const Row row = shared_row;
+      const bool at_target = from_target;
       const double total = swept ? warp_total(sums, tiles, lane) : 0.0;
       const int64_t k = prefix;
       const bool passes = tested || uniform(a, b, k - 1) < share_of(total, reach[k]);
@@ -695,13 +705,14 @@ __device__ __forceinline__ void sample_block(const Request& request, int rank, i
       int token = row.fixed_token;
       bool mine = rank == 0;
       if (row.from_stats() && token < 0) {
-        if (mine) token = warp_draw_from_stats(row, vocab_size, u, lane);
+        if (mine) token = warp_draw_from_stats(row, vocab_size, recovery_uniform, lane);
       } else if (passes && token < 0) {
-        const Pick tile = warp_pick_tile([&](int i) { return sums[i]; }, tiles, u, lane);
+        const Pick tile =
+            warp_pick_tile([&](int i) { return sums[i]; }, tiles, recovery_uniform, lane);
         if (tile.item >= 0) {
           mine = tile.item / static_cast<int>(blockDim.x / kWarp) % blocks_per_row == rank;
-          if (mine) token = warp_pick_token(row, tile, vocab_size, lane);
-        } else if (from_target) {
+          if (mine) token = warp_call_pick_token(shared_row, tile, vocab_size, lane);
+        } else if (at_target) {
           token = 0;  // p has no mass either
         } else {
           mine = false;
@@ -709,18 +720,21 @@ __device__ __forceinline__ void sample_block(const Request& request, int rank, i
       } else if (!passes) {
         mine = false;
       }
+      __syncwarp();
       if (lane == 0) {
-        const bool has_weight = !swept || total > 0.0 || from_target;
+        const bool has_weight = !swept || total > 0.0 || at_target;
         done = passes && has_weight;
-        rejected = !passes;
         if (mine && done) request.store(k, token);
-        if (rejected) attempt(k - 1);
+        if (!passes) {
+          attempt(k - 1);
+        } else if (!done) {  // accepted, but the residual has no weight: draw from p
+          shared_row = shared_row.target();
+        }
+        from_target = passes;
       }
     }
     __syncthreads();
     if (done) break;
-    from_target = !rejected;  // accepted, but the residual has no weight: draw from p
-    __syncthreads();
   }
   if (rank == 0) {
     for (int64_t k = threadIdx.x; k <= a.spec_length; k += blockDim.x) {
