@@ -150,6 +150,9 @@ def sample_probabilities(
         residual = _weights(p - q).float()
         use_residual = (num_accepted < lengths) & (residual.amax(-1) > 0)
         weights = torch.where(use_residual[:, None], residual, target)
+    # Under torch.compile the drawing is a graph of its own: fused with the rows' gathering, its
+    # split scan over few long rows fails to compile in torch 2.11 (a no-op outside of compile).
+    torch._dynamo.graph_break()
     drawn = draw_weighted(weights, uniforms[:, spec_length])
 
     last = num_accepted[:, None]
