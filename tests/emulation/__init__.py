@@ -177,9 +177,9 @@ class _LogitsParams(ctypes.Structure):
     ]
 
 
-def from_logits(kernel: str, blocks_per_row: int = 1, schedule: int = 0, rows_per_round: int = 0):
-    """rejection_sample_from_logits and, beside it, the last row's logsumexp. `rows_per_round` above
-    0: rounds_kernel."""
+def from_logits(kernel: str, blocks_per_row: int = 1, schedule: int = 0, by_positions: int = 0):
+    """rejection_sample_from_logits and, beside it, the last row's logsumexp. `by_positions`:
+    1 positions_kernel and draw_kernel, 2 the same with early exit."""
 
     def rejection_sample_from_logits(
         draft_token_ids,
@@ -210,7 +210,7 @@ def from_logits(kernel: str, blocks_per_row: int = 1, schedule: int = 0, rows_pe
             logsumexp=logsumexp.data_ptr(),
             **own,
         )
-        launch = (kernel, blocks_per_row, rows_per_round, schedule)
+        launch = (kernel, blocks_per_row, by_positions, schedule)
         _run("emulate_from_logits", launch, params)
         return SamplerOutput(token_ids, num_accepted), logsumexp
 

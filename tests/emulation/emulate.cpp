@@ -97,7 +97,7 @@ namespace fused_rejection {
 namespace {
 
 template <typename T>
-void run_logits(const LogitsParams& a, int kernel, int n, int rows_per_round, unsigned seed) {
+void run_logits(const LogitsParams& a, int kernel, int n, int by_positions, unsigned seed) {
   const int64_t rows = num_target_rows(a.base) + num_draft_rows(a), batch_size = a.base.batch_size;
   const int tiles = num_tiles(a.base.vocab_size), warps = std::clamp(tiles, 2, kMaxWarps);
   const int threads = warps * kWarp;
@@ -106,10 +106,18 @@ void run_logits(const LogitsParams& a, int kernel, int n, int rows_per_round, un
     emulation::launch(static_cast<int>(batch_size) * n, threads, n, 2 + 2 * tiles, body, seed);
     return;
   }
-  if (rows_per_round > 0) {
-    const auto body = [&] { rounds_kernel<T>(a, n, rows_per_round); };
-    const size_t shared = rounds_bytes(a) / sizeof(float);
-    emulation::launch(static_cast<int>(batch_size) * n, threads, n, shared, body, seed);
+  if (by_positions > 0) {
+    const int64_t targets = num_target_rows(a.base);
+    std::vector<RowSummary> table(2 * targets);
+    std::vector<TileStats> stats(targets * tiles, TileStats{NAN, NAN});
+    std::vector<uint8_t> verdicts(targets, by_positions > 1 ? kGoesOn : 0xFF);
+    const Findings findings{table.data(), stats.data(), verdicts.data()};
+    const auto decide = [&] { positions_kernel<T>(a, n, by_positions > 1, findings); };
+    const size_t shared = 2 + 4 * tiles;
+    emulation::launch(static_cast<int>(targets) * n, threads, n, shared, decide, seed);
+    const auto draw = [&] { draw_kernel<T>(a, n, findings); };
+    const int blocks = static_cast<int>(batch_size) * n;
+    emulation::launch(blocks, threads, n, exchange_floats(tiles), draw, seed);
     return;
   }
   std::vector<TileStats> stats(rows * tiles, TileStats{NAN, NAN});
@@ -149,20 +157,20 @@ void run_logits(const LogitsParams& a, int kernel, int n, int rows_per_round, un
 }  // namespace
 }  // namespace fused_rejection
 
-// `rows_per_round` above 0: rounds_kernel.
+// `by_positions`: 1 positions_kernel and draw_kernel, 2 the same with early exit.
 extern "C" int emulate_from_logits(const fused_rejection::LogitsParams* params, int kernel,
-                                   int blocks_per_row, int rows_per_round, unsigned seed) {
+                                   int blocks_per_row, int by_positions, unsigned seed) {
   using namespace fused_rejection;
   try {
     switch (params->base.dtype) {
       case Dtype::kFloat32:
-        run_logits<float>(*params, kernel, blocks_per_row, rows_per_round, seed);
+        run_logits<float>(*params, kernel, blocks_per_row, by_positions, seed);
         break;
       case Dtype::kBFloat16:
-        run_logits<BFloat16>(*params, kernel, blocks_per_row, rows_per_round, seed);
+        run_logits<BFloat16>(*params, kernel, blocks_per_row, by_positions, seed);
         break;
       case Dtype::kFloat16:
-        run_logits<Float16>(*params, kernel, blocks_per_row, rows_per_round, seed);
+        run_logits<Float16>(*params, kernel, blocks_per_row, by_positions, seed);
         break;
     }
   } catch (const std::exception&) {

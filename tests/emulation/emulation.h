@@ -284,6 +284,8 @@ inline void send_pair_to_block(float* shared, uint64_t* pending, int rank, float
 inline void wait_for_bytes(uint64_t* pending) {
   while (std::atomic_ref(*pending) != 0) emulation::yield();
 }
+inline void allow_next_launch() {}
+inline void wait_for_launch_before() {}
 inline void prefetch_line(const void*) {}
 
 // The counter of cuRAND's Philox state; the words are this project's. That they are cuRAND's own is

@@ -20,7 +20,8 @@ ARCHITECTURES = ["8.0", "8.6", "9.0", "12.0"]
 FAST = (
     "fused_kernel",
     "logits_kernel",
-    "rounds_kernel",
+    "positions_kernel",
+    "draw_kernel",
     "tile_stats_kernel",
     "block_kernel",
     "sample_kernel",

@@ -169,7 +169,7 @@ struct LogitsParams {
   const double* draft_logsumexp;  // [B, K] or null
   double* logsumexp;              // [B]: of the one row where K is 0, or null
 
-  FR_FUNCTION bool filters() const { return top_k || top_p || min_p; }
+  FR_HOST_DEVICE bool filters() const { return top_k || top_p || min_p; }
   FR_FUNCTION bool is_greedy(int64_t b) const { return temperature && !(temperature[b] > 0); }
   FR_FUNCTION float scale(int64_t b) const { return scale_of(temperature ? temperature[b] : 1.0f); }
 };
@@ -420,9 +420,10 @@ FR_HOST_DEVICE constexpr int64_t num_draft_rows(const LogitsParams& a) {
 
 struct LogitsPlan {
   Plan fused;
-  // Target rows that one launch, in clusters, takes at a time until a draft is rejected; 0: all
-  // rows in a launch before.
-  int rows_per_round;
+  // In clusters and without filters: how many blocks share a position's rows, and whether those of
+  // later positions look for a rejection before they read. 0: all rows in a launch before.
+  int blocks_per_position;
+  bool early_exit;
   int64_t workspace_bytes;  // uninitialised device memory that launch_from_logits wants
 };
 

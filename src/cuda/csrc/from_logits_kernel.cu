@@ -1,8 +1,8 @@
-// The CUDA kernels on logits. In clusters and without filters one launch, rounds_kernel, takes a
-// few rows at a time and stops at the first rejection. Else two launches: a pass over all rows at
-// once (a warp a tile), and the fused kernel of warp.cuh, which finishes the rows' sums, decides,
-// and draws from the one row that matters. Filters add a search for each row's threshold and a
-// second pass over what it keeps.
+// The CUDA kernels on logits. In clusters and without filters two launches: positions_kernel, a
+// cluster a row, reads the rows and decides, and draw_kernel draws from the one row that matters.
+// Else: a pass over all rows (a warp a tile), and the fused kernel of warp.cuh, which finishes the
+// rows' sums, decides, and draws. Filters add a search for each row's threshold and a second pass
+// over what it keeps.
 #include "from_logits.h"
 #include "threshold.cuh"
 #include "warp.cuh"
@@ -324,10 +324,20 @@ __global__ void __launch_bounds__(kMaxWarps* kWarp, 1)
   }
 }
 
-// ---- Verification without filters in one launch: the blocks of a request take its rows in rounds.
-// In a round they share out the tiles of the next few target rows, and of the draft's rows where
-// their logsumexp was not given, and tell one another the tiles' statistics; then each block
-// finishes the rows and decides. Rows after the round of the first rejection are never read.
+// ---- Verification without filters in two launches. In the first, every position of every request
+// has a cluster of blocks: they share out the tiles of its target row, and of its draft row where
+// the logsumexp was not given, and the cluster's first block decides over the draft. In the second
+// a cluster a request draws after the first position that ends it. First positions come first, so
+// that where not all blocks run at once, those of rows after a rejection find it and read nothing.
+
+// What the first launch leaves to the second, in global memory.
+struct Findings {
+  RowSummary* table;  // [B][2 K + 1], as TableSummaries
+  TileStats* stats;   // [B][K + 1][tiles], of the target's rows
+  uint8_t* verdicts;  // [B][K + 1]
+};
+
+constexpr uint8_t kGoesOn = 0, kEnds = 1;
 
 struct DraftToken {
   int64_t id;
@@ -335,212 +345,142 @@ struct DraftToken {
   DraftValues values;
 };
 
-// Rows whose tiles' statistics a block keeps: K + 1 of the target, then maybe K of the draft.
-FR_HOST_DEVICE constexpr int64_t rounds_rows(const LogitsParams& a) {
-  return a.base.spec_length + 1 + (num_draft_rows(a) > 0 ? a.base.spec_length : 0);
+// The summaries of one position, of the target's row and the draft's.
+struct PositionSummaries {
+  const RowSummary* rows;
+
+  __device__ RowSummary target(int64_t) const { return rows[0]; }
+  __device__ RowSummary draft(int64_t) const { return rows[1]; }
+};
+
+// One warp: whether a position before k is known to end the request. Only a hint: what other blocks
+// find is seen late or not at all.
+__device__ __forceinline__ bool warp_is_over(const volatile uint8_t* verdicts, int64_t k,
+                                             int lane) {
+  for (int64_t first = 0; first < k; first += kWarp) {
+    const bool ends = first + lane < k && verdicts[first + lane] == kEnds;
+    if (__ballot_sync(kAllLanes, ends)) return true;
+  }
+  return false;
 }
 
-// The shared memory of rounds_kernel. Every row has a place of its own, so that no round waits for
-// another block to have left the one before it.
-struct RoundsMemory {
-  RowSummary* table;   // [2 K + 1], as TableSummaries
-  DraftToken* drafts;  // [K]
-  uint64_t* pending;   // [K + 1]: what each round still waits for
-  TileSums sums;
-  TileStats* stats;  // [rounds_rows][tiles]
-
-  __device__ RoundsMemory(void* shared, int64_t spec_length, int tiles) {
-    table = static_cast<RowSummary*>(shared);
-    drafts = reinterpret_cast<DraftToken*>(table + 2 * spec_length + 1);
-    pending = reinterpret_cast<uint64_t*>(drafts + spec_length);
-    sums.pending = pending + spec_length + 1;
-    sums.sums = reinterpret_cast<float*>(sums.pending + 2);
-    stats = reinterpret_cast<TileStats*>(sums.sums + 2 * tiles);
-  }
-};
-
-constexpr int64_t rounds_bytes(const LogitsParams& a) {
-  const int64_t k = a.base.spec_length, tiles = num_tiles(a.base.vocab_size);
-  const int64_t bytes = (2 * k + 1) * sizeof(RowSummary) + k * sizeof(DraftToken) +
-                        (k + 3) * sizeof(uint64_t) + 2 * tiles * sizeof(float);
-  return bytes + rounds_rows(a) * tiles * static_cast<int64_t>(sizeof(TileStats));
-}
-
-// The rows of one round: target rows `first` to `end`, then draft rows `first` to `drafts_end`.
-struct Round {
-  int64_t first, end, drafts_end;
-
-  __device__ int rows() const { return static_cast<int>(end - first + drafts_end - first); }
-  __device__ bool is_draft(int i) const { return i >= end - first; }
-  __device__ int64_t position(int i) const {
-    return is_draft(i) ? first + i - (end - first) : first + i;
-  }
-};
-
-// A request's rounds of `size` positions.
-struct Rounds {
-  int64_t drafts, size;
-  bool draft_rows;  // whether they are summed too
-
-  __device__ Round operator[](int64_t round) const {
-    const int64_t first = round * size, end = first + size < drafts + 1 ? first + size : drafts + 1;
-    return {first, end, !draft_rows ? first : end < drafts ? end : drafts};
-  }
-  __device__ int64_t count() const { return (drafts + size) / size; }
-};
-
-// A row of a round: its logits, and its place in `table` and, by tiles, in `stats`.
 template <typename T>
-struct RoundRow {
-  const T* x;
-  int64_t place;
+__global__ void __launch_bounds__(kMaxWarps* kWarp, kResidentBlocks)
+    positions_kernel(const LogitsParams a, int blocks_per_row, bool early_exit, Findings findings) {
+  __shared__ RowSummary summaries[2];
+  __shared__ DraftToken draft;
+  FR_DYNAMIC_SHARED(uint64_t,
+                    pending);  // then TileStats [2][tiles], both of a cluster's first block
+
+  allow_next_launch();
+  const int lane = threadIdx.x % kWarp, warp = threadIdx.x / kWarp, warps = blockDim.x / kWarp;
+  const auto [cluster, rank] = place_of<Step::kInCluster>(blocks_per_row);
+  const int64_t k = cluster / a.base.batch_size, b = cluster % a.base.batch_size;
+  const int64_t spec_length = a.base.spec_length;
+  const LogitsRequest<T, PositionSummaries> request(a, b, {summaries});
+  const bool is_last = k >= request.drafts;
+  if (k > 0 && k > request.drafts) return;
+
+  const int vocab_size = static_cast<int>(a.base.vocab_size), tiles = num_tiles(vocab_size);
+  const int rows = num_draft_rows(a) > 0 && !request.greedy && !is_last ? 2 : 1;
+  float* stats = reinterpret_cast<float*>(pending + 1);
+  if (rank == 0 && threadIdx.x == 0) {
+    expect_bytes(pending, rows * tiles * static_cast<int>(sizeof(TileStats)));
+  }
+  __syncwarp();
+  cluster_start();
+
+  RowSummary* table = findings.table + b * (2 * spec_length + 1);
+  uint8_t* verdicts = findings.verdicts + b * (spec_length + 1);
+  TileStats* target_stats = findings.stats + (b * (spec_length + 1) + k) * tiles;
+  const bool is_over = early_exit && warp_is_over(verdicts, k, lane);
+  const auto load = [&](int i, RawTile<T>& raw) {
+    const T* x = i < tiles ? request.target_row(k) : request.draft_row(k);
+    load_tile(x, i < tiles ? i : i - tiles, vocab_size, lane, raw);
+  };
+  int i = rank * warps + warp;
+  RawTile<T> raw;
+  if (i < rows * tiles && !is_over) load(i, raw);
+  if (rank == 0 && warp == warps - 1 && lane == 0 && !is_last) {
+    const int64_t id = request.id(k);
+    const float u = uniform(a.base, b, k);  // while the id is on its way
+    draft = {id, u, request.values(k, id)};
+    if (a.draft_logsumexp) {
+      const double sum = a.draft_logsumexp[b * spec_length + k];
+      summaries[1] = {sum, nullptr, 0.0f, kNegativeInfinity, -1};
+    }
+  }
+  __syncwarp();
+  cluster_wait();
+  while (i < rows * tiles) {
+    TileStats found = {kNegativeInfinity, 0.0f};  // the first block waits for something
+    if (!is_over) found = warp_tile_stats(raw, request.scale, kNegativeInfinity);
+    if (lane == 0) {
+      send_pair_to_block(stats + 2 * i, pending, 0, found.largest, found.sum);
+      if (i < tiles) target_stats[i] = found;
+    }
+    i += warps * blocks_per_row;
+    if (i < rows * tiles && !is_over) load(i, raw);
+  }
+  if (rank != 0) return;
+
+  if (warp < rows) {
+    wait_for_bytes(pending);
+    RowSummary summary =
+        warp_summarize(warp == 0 ? request.target_row(k) : request.draft_row(k),
+                       reinterpret_cast<const TileStats*>(stats) + warp * tiles, request.scale,
+                       kNegativeInfinity, request.greedy, vocab_size, lane);
+    summary.stats = target_stats;  // not this block's copy; of the draft's row they are not kept
+    if (lane == 0) summaries[warp] = summary;
+  }
+  __syncthreads();
+  if (threadIdx.x == 0) {
+    const bool ends =
+        is_last || !request.accepts_values(k, draft.id, draft.values, [&] { return draft.u; });
+    verdicts[k] = ends ? kEnds : kGoesOn;
+    table[k] = summaries[0];
+    if (rows == 2 || (a.draft_logsumexp && !is_last)) table[spec_length + 1 + k] = summaries[1];
+  }
+}
+
+// A request whose drafts have been decided over.
+template <typename T>
+struct VerifiedRequest : LogitsRequest<T, TableSummaries> {
+  const uint8_t* verdicts;
+
+  __device__ VerifiedRequest(const LogitsParams& a, int64_t b, const Findings& findings)
+      : LogitsRequest<T, TableSummaries>(
+            a, b, {findings.table + b * (2 * a.base.spec_length + 1), a.base.spec_length}),
+        verdicts(findings.verdicts + b * (a.base.spec_length + 1)) {}
 };
 
-template <typename Request>
-__device__ __forceinline__ auto row_of_round(const Request& request, const Round& round, int i) {
-  const int64_t k = round.position(i);
-  using T = std::remove_cv_t<std::remove_pointer_t<decltype(request.p)>>;
-  return round.is_draft(i) ? RoundRow<T>{request.draft_row(k), request.params->spec_length + 1 + k}
-                           : RoundRow<T>{request.target_row(k), k};
-}
-
-// One warp: what decides over the drafts, beside their rows' sums.
-template <typename Request>
-__device__ __forceinline__ void gather_drafts(const Request& request, const RoundsMemory& memory,
-                                              int lane) {
-  const LogitsParams& a = *request.logits;
-  const int64_t spec_length = a.base.spec_length;
-  for (int64_t k = lane; k < request.drafts; k += kWarp) {
-    const int64_t id = request.id(k);
-    const float u = uniform(a.base, request.b, k);  // while the id is on its way
-    memory.drafts[k] = {id, u, request.values(k, id)};
-    if (!a.draft_logsumexp) continue;
-    const double sum = a.draft_logsumexp[request.b * spec_length + k];
-    memory.table[spec_length + 1 + k] = {sum, nullptr, 0.0f, kNegativeInfinity, -1};
-  }
-}
-
-// This block's share of a round's tiles, each loaded while the one before it is summed. `meanwhile`
-// is called while the first is on its way.
-template <typename T, typename Request, typename Meanwhile>
-__device__ __forceinline__ void send_round(const Request& request, const Round& round,
-                                           uint64_t* pending, TileStats* stats, int rank,
-                                           int blocks_per_row, const Meanwhile& meanwhile) {
-  const int lane = threadIdx.x % kWarp, warp = threadIdx.x / kWarp, warps = blockDim.x / kWarp;
-  const int vocab_size = static_cast<int>(request.params->vocab_size);
-  const int tiles = num_tiles(vocab_size), rows = round.rows(), step = warps * blocks_per_row;
-  int i = 0, tile = rank * warps + warp;
-  RawTile<T> next;
-  TileStats* next_place = nullptr;  // null after the last
-  const auto load_next = [&] {
-    for (; tile >= tiles; tile -= tiles) ++i;
-    next_place = nullptr;
-    if (i >= rows) return;
-    const RoundRow<T> row = row_of_round(request, round, i);
-    load_tile(row.x, tile, vocab_size, lane, next);
-    next_place = stats + row.place * tiles + tile;
-    tile += step;
-  };
-  load_next();
-  meanwhile();
-  while (next_place) {
-    const RawTile<T> raw = next;
-    float* place = reinterpret_cast<float*>(next_place);
-    load_next();
-    const TileStats found = warp_tile_stats(raw, request.scale, kNegativeInfinity);
-    if (lane < blocks_per_row) {
-      send_pair_to_block(place, pending, lane, found.largest, found.sum);
-    }
-  }
-}
-
-// All warps of a block, a warp a row: the summaries of a round's rows, once their tiles are there.
-template <typename Request>
-__device__ __forceinline__ void summarize_round(const Request& request, const Round& round,
-                                                uint64_t* pending, const RoundsMemory& memory) {
-  const int lane = threadIdx.x % kWarp, warp = threadIdx.x / kWarp, warps = blockDim.x / kWarp;
-  const int vocab_size = static_cast<int>(request.params->vocab_size);
-  for (int i = warp; i < round.rows(); i += warps) {
-    const auto row = row_of_round(request, round, i);
-    wait_for_bytes(pending);
-    const RowSummary summary =
-        warp_summarize(row.x, memory.stats + row.place * num_tiles(vocab_size), request.scale,
-                       kNegativeInfinity, request.greedy, vocab_size, lane);
-    if (lane == 0) memory.table[row.place] = summary;
-  }
-}
-
-// One warp: the first position of a round that ends the request, -1 where its drafts are accepted.
-template <typename Request>
-__device__ __forceinline__ int64_t warp_stop(const Request& request, const Round& round,
-                                             const DraftToken* drafts, int lane) {
-  for (int64_t first = round.first; first < round.end; first += kWarp) {
+template <typename T>
+__device__ __forceinline__ Decision<LogitsRow<T>> warp_decide(const VerifiedRequest<T>& request,
+                                                              int lane) {
+  for (int64_t first = 0;; first += kWarp) {
     const int64_t k = first + lane;
-    bool stops = k < round.end;
-    if (stops && k < request.drafts) {
-      const DraftToken& draft = drafts[k];
-      stops = !request.accepts_values(k, draft.id, draft.values, [&] { return draft.u; });
-    }
-    const unsigned any = __ballot_sync(kAllLanes, stops);
-    if (any) return first + __ffs(any) - 1;
+    const bool ends = k >= request.drafts || request.verdicts[k] == kEnds;
+    const unsigned all = __ballot_sync(kAllLanes, ends);
+    if (!all) continue;
+    const int64_t stop = first + __ffs(all) - 1;
+    const int64_t id = stop < request.drafts ? request.id(stop) : kPlaceholderTokenId;
+    return {stop, request.row(stop, id)};
   }
-  return -1;
 }
 
 template <typename T>
 __global__ void __launch_bounds__(kMaxWarps* kWarp, 1)
-    rounds_kernel(const LogitsParams a, int blocks_per_row, int rows_per_round) {
-  using Request = LogitsRequest<T, TableSummaries>;
-  __shared__ Decision<typename Request::Row> decision;
-  __shared__ float recovery_uniform;
-  __shared__ bool stopped;
+    draw_kernel(const LogitsParams a, int blocks_per_row, Findings findings) {
   FR_DYNAMIC_SHARED(uint64_t, shared);
-
-  const int lane = threadIdx.x % kWarp, warp = threadIdx.x / kWarp, warps = blockDim.x / kWarp;
   const auto [b, rank] = place_of<Step::kInCluster>(blocks_per_row);
   const int tiles = num_tiles(a.base.vocab_size);
-  const RoundsMemory memory(shared, a.base.spec_length, tiles);
-  const Request request(a, b, {memory.table, a.base.spec_length});
-  const Rounds rounds{request.drafts > 0 ? request.drafts : 0, rows_per_round,
-                      num_draft_rows(a) > 0 && !request.greedy};
-  for (int64_t i = threadIdx.x; i < rounds.count(); i += blockDim.x) {
-    expect_bytes(memory.pending + i,
-                 rounds[i].rows() * tiles * static_cast<int>(sizeof(TileStats)));
-  }
-  if (threadIdx.x == blockDim.x - 1) expect_sums(memory.sums, tiles);
+  const TileSums sums{reinterpret_cast<float*>(shared + 2), shared};
+  if (threadIdx.x == blockDim.x - 1) expect_sums(sums, tiles);
   __syncwarp();
   cluster_start();
-
-  for (int64_t i = 0;; ++i) {
-    const Round round = rounds[i];
-    uint64_t* pending = memory.pending + i;
-    send_round<T>(request, round, pending, memory.stats, rank, blocks_per_row, [&] {
-      if (i > 0) return;
-      if (warp == warps - 1) {
-        gather_drafts(request, memory, lane);
-        if (lane == 0) recovery_uniform = uniform(a.base, b, a.base.spec_length);
-      }
-      __syncwarp();
-      cluster_wait();
-    });
-    summarize_round(request, round, pending, memory);
-    __syncthreads();
-    if (warp == 0) {
-      const int64_t stop = warp_stop(request, round, memory.drafts, lane);
-      if (lane == 0) {
-        stopped = stop >= 0;
-        if (stop >= 0) {
-          const int64_t id = stop < request.drafts ? memory.drafts[stop].id : kPlaceholderTokenId;
-          decision = {stop, request.row(stop, id)};
-          if (a.logsumexp && rank == 0) a.logsumexp[b] = memory.table[stop].logsumexp;
-        }
-      }
-    }
-    __syncthreads();
-    if (stopped) break;
-  }
-  draw_token<Step::kInCluster>(request, decision, recovery_uniform, rank, blocks_per_row,
-                               memory.sums);
+  wait_for_launch_before();
+  const VerifiedRequest<T> request(a, b, findings);
+  sample_request<Step::kInCluster>(request, rank, blocks_per_row, sums);
 }
 
 // sample_from_logits without filters, in one launch and one pass: the blocks of a request tell one
@@ -605,9 +545,9 @@ const void* const kLogitsKernels[] = {
     reinterpret_cast<const void*>(&sample_kernel<float>),
     reinterpret_cast<const void*>(&sample_kernel<BFloat16>),
     reinterpret_cast<const void*>(&sample_kernel<Float16>),
-    reinterpret_cast<const void*>(&rounds_kernel<float>),
-    reinterpret_cast<const void*>(&rounds_kernel<BFloat16>),
-    reinterpret_cast<const void*>(&rounds_kernel<Float16>),
+    reinterpret_cast<const void*>(&draw_kernel<float>),
+    reinterpret_cast<const void*>(&draw_kernel<BFloat16>),
+    reinterpret_cast<const void*>(&draw_kernel<Float16>),
     reinterpret_cast<const void*>(&logits_kernel<float, Step::kInCluster, false>),
     reinterpret_cast<const void*>(&logits_kernel<BFloat16, Step::kInCluster, false>),
     reinterpret_cast<const void*>(&logits_kernel<Float16, Step::kInCluster, false>),
@@ -622,40 +562,57 @@ bool is_plain_sample(const LogitsParams& a, Exchange exchange) {
          !(a.top_k || a.top_p || a.min_p);
 }
 
-// Whether rounds_kernel can do it.
-bool runs_in_rounds(const LogitsParams& a, Exchange exchange) {
-  return exchange == Exchange::kCluster && !is_plain_sample(a, exchange) &&
-         !a.base.block_verification && !(a.top_k || a.top_p || a.min_p) &&
-         rounds_bytes(a) <= kMaxSharedBytes;
+int64_t positions_bytes(const LogitsParams& a) {
+  return static_cast<int64_t>(sizeof(uint64_t)) +
+         2 * num_tiles(a.base.vocab_size) * static_cast<int64_t>(sizeof(TileStats));
 }
 
-// A round costs its warps, beside their tiles, an exchange, a summary and a decision, which is the
-// time of about so many tiles. A round is made at least as long.
-constexpr int64_t kTilesOfRound = 4;
+// Whether positions_kernel and draw_kernel can do it.
+bool runs_by_positions(const LogitsParams& a, Exchange exchange) {
+  return exchange == Exchange::kCluster && !is_plain_sample(a, exchange) &&
+         !a.base.block_verification && !a.filters() && positions_bytes(a) <= kDefaultSharedBytes;
+}
 
-int rows_per_round(const LogitsParams& a, int blocks_per_row) {
-  const int64_t warps = blocks_per_row * warps_per_block(a.base.vocab_size);
+// Blocks that share a position's rows: as many as have a tile for each warp, and as long as there
+// are not too many of them for the card to start.
+constexpr int64_t kBlocksAMultiprocessor = 9;
+
+int blocks_per_position(const LogitsParams& a, int multiprocessors) {
+  const int64_t positions = num_target_rows(a.base);
   const int64_t tiles = num_tiles(a.base.vocab_size) * (num_draft_rows(a) > 0 ? 2 : 1);
-  const int64_t rows = (kTilesOfRound * warps + tiles / 2) / tiles;
-  return static_cast<int>(std::clamp<int64_t>(rows, 1, a.base.spec_length + 1));
+  int blocks = kPortableCluster;
+  while (blocks > 1 && (blocks / 2 * kMaxWarps >= tiles ||
+                        positions * blocks > kBlocksAMultiprocessor * multiprocessors)) {
+    blocks /= 2;
+  }
+  return blocks;
 }
 
 constexpr int64_t kFewRows = 132;  // about the multiprocessors of a large card
 
-// The workspace: tile statistics, thresholds, tile sums.
+// The workspace: tile statistics, then Findings' table and verdicts, or thresholds and tile sums.
 struct Workspace {
-  int64_t stats_bytes, thresholds_bytes, sums_bytes;
+  int64_t stats_bytes, table_bytes, verdicts_bytes, thresholds_bytes, sums_bytes;
 
   Workspace(const LogitsParams& a, const LogitsPlan& plan) {
     const Exchange exchange = plan.fused.exchange;
-    const bool needed = !is_plain_sample(a, exchange) && plan.rows_per_round == 0;
-    const int64_t rows = needed ? num_target_rows(a.base) + num_draft_rows(a) : 0;
+    const bool by_positions = plan.blocks_per_position > 0;
+    const int64_t targets = num_target_rows(a.base), drafts = targets - a.base.batch_size;
+    const int64_t rows = is_plain_sample(a, exchange) ? 0
+                         : by_positions               ? targets
+                                                      : targets + num_draft_rows(a);
     const int64_t tiles = num_tiles(a.base.vocab_size);
     stats_bytes = rows * tiles * static_cast<int64_t>(sizeof(TileStats));
-    thresholds_bytes = a.top_k || a.top_p || a.min_p ? (rows + 1) / 2 * 8 : 0;
+    table_bytes = by_positions ? (targets + drafts) * static_cast<int64_t>(sizeof(RowSummary)) : 0;
+    verdicts_bytes = by_positions ? targets : 0;
+    thresholds_bytes = a.filters() ? (rows + 1) / 2 * 8 : 0;
     sums_bytes = exchange == Exchange::kWorkspace
                      ? a.base.batch_size * tiles * static_cast<int64_t>(sizeof(float))
                      : 0;
+  }
+
+  int64_t bytes() const {
+    return stats_bytes + table_bytes + verdicts_bytes + thresholds_bytes + sums_bytes;
   }
 };
 
@@ -695,9 +652,26 @@ struct LaunchLogits {
       return launch_in_clusters(sample_kernel<T>, config, n, static_cast<int64_t>(shared_bytes), a,
                                 n);
     }
-    if (logits_plan.rows_per_round > 0) {
-      return launch_in_clusters(rounds_kernel<T>, config, n, rounds_bytes(a), a, n,
-                                logits_plan.rows_per_round);
+    if (logits_plan.blocks_per_position > 0) {
+      const int blocks = logits_plan.blocks_per_position;
+      char* table = workspace + sizes.stats_bytes;
+      const Findings findings{reinterpret_cast<RowSummary*>(table), stats,
+                              reinterpret_cast<uint8_t*>(table + sizes.table_bytes)};
+      const bool early_exit = logits_plan.early_exit;
+      cudaError_t error = cudaSuccess;
+      if (early_exit) {
+        error = cudaMemsetAsync(findings.verdicts, kGoesOn,
+                                static_cast<size_t>(sizes.verdicts_bytes), stream);
+      }
+      if (error == cudaSuccess) {
+        const cudaLaunchConfig_t first =
+            configure(num_target_rows(a.base) * blocks, threads, stream);
+        error = launch_in_clusters(positions_kernel<T>, first, blocks, positions_bytes(a), a,
+                                   blocks, early_exit, findings);
+      }
+      if (error != cudaSuccess) return error;
+      return launch_in_clusters<true>(draw_kernel<T>, config, n, exchange_bytes(a.base.vocab_size),
+                                      a, n, findings);
     }
 
     cudaLaunchConfig_t pass = configure(rows * ((tiles + warps - 1) / warps), threads, stream);
@@ -747,10 +721,13 @@ int plan_from_logits(const LogitsParams& a, Exchange exchange, int blocks_per_ro
                         blocks_per_row, &plan->fused);
   }
   if (error != cudaSuccess) return error;
-  plan->rows_per_round =
-      runs_in_rounds(a, plan->fused.exchange) ? rows_per_round(a, plan->fused.blocks_per_row) : 0;
-  const Workspace sizes(a, *plan);
-  plan->workspace_bytes = sizes.stats_bytes + sizes.thresholds_bytes + sizes.sums_bytes;
+  plan->blocks_per_position = 0;
+  if (runs_by_positions(a, plan->fused.exchange)) {
+    plan->blocks_per_position = blocks_per_position(a, device->multiprocessors);
+    const int64_t blocks = num_target_rows(a.base) * plan->blocks_per_position;
+    plan->early_exit = blocks > kResidentBlocks * device->multiprocessors;
+  }
+  plan->workspace_bytes = Workspace(a, *plan).bytes();
   return cudaSuccess;
 }
 

@@ -196,7 +196,8 @@ cudaLaunchConfig_t configure(int64_t blocks, int threads, cudaStream_t stream) {
   return config;
 }
 
-template <typename... Parameters, typename... Args>
+// `overlapping`: the launch before it allows this one to start early (allow_next_launch).
+template <bool overlapping = false, typename... Parameters, typename... Args>
 cudaError_t launch_in_clusters(void (*kernel)(Parameters...), cudaLaunchConfig_t config,
                                int cluster_size, int64_t shared_bytes, const Args&... args) {
   if (shared_bytes > kDefaultSharedBytes) {
@@ -204,10 +205,12 @@ cudaError_t launch_in_clusters(void (*kernel)(Parameters...), cudaLaunchConfig_t
         kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(kMaxSharedBytes));
     if (error != cudaSuccess) return error;
   }
-  cudaLaunchAttribute cluster = cluster_of(cluster_size);
+  cudaLaunchAttribute attributes[2] = {cluster_of(cluster_size), {}};
+  attributes[1].id = cudaLaunchAttributeProgrammaticStreamSerialization;
+  attributes[1].val.programmaticStreamSerializationAllowed = 1;
   config.dynamicSmemBytes = static_cast<size_t>(shared_bytes);
-  config.attrs = &cluster;
-  config.numAttrs = 1;
+  config.attrs = attributes;
+  config.numAttrs = overlapping ? 2 : 1;
   return cudaLaunchKernelEx(&config, kernel, Parameters(args)...);
 }
 

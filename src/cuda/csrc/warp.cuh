@@ -134,6 +134,19 @@ __device__ __forceinline__ void wait_for_bytes(uint64_t* pending) {
 #endif
 }
 
+// The next launch in the stream, if it was launched so, may start once every block has said this;
+// it has the memory that this launch wrote once wait_for_launch_before() returns.
+__device__ __forceinline__ void allow_next_launch() {
+#if __CUDA_ARCH__ >= 900
+  asm volatile("griddepcontrol.launch_dependents;" ::: "memory");
+#endif
+}
+__device__ __forceinline__ void wait_for_launch_before() {
+#if __CUDA_ARCH__ >= 900
+  asm volatile("griddepcontrol.wait;" ::: "memory");
+#endif
+}
+
 __device__ __forceinline__ void prefetch_line(const void* line) {
   asm volatile("prefetch.global.L2 [%0];" ::"l"(line));
 }
@@ -468,7 +481,8 @@ struct Place {
 template <Step step>
 __device__ __forceinline__ Place place_of(int blocks_per_row) {
   if (step == Step::kInCluster) return {cluster_index(), static_cast<int>(cluster_rank())};
-  if (step == Step::kSum) return {blockIdx.x / blocks_per_row, blockIdx.x % blocks_per_row};
+  const int block = static_cast<int>(blockIdx.x);
+  if (step == Step::kSum) return {block / blocks_per_row, block % blocks_per_row};
   return {blockIdx.x, 0};
 }
 
