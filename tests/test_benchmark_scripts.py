@@ -289,7 +289,6 @@ def test_a_card_that_somebody_else_uses_warns_on_every_timed_row(capsys, tmp_pat
     monkeypatch.setattr(environment, "idle_utilisation", lambda: 40)
     monkeypatch.setattr(environment, "collect", lambda device, command: dict(ENVIRONMENT))
     monkeypatch.setattr(timing, "copy_gb_s", lambda device: 1000.0)
-    monkeypatch.setattr(timing, "torch_add_us", lambda device: 3.0)
     monkeypatch.setattr(sweep, "run", lambda *arguments, **options: [row])
     args = SimpleNamespace(device="cuda", smoke=False, runs=1, seed=0, json=False, entrants=[])
     args.command, args.script = ["x"], "quick_demo"

@@ -195,7 +195,6 @@ def measure(args, cells: Sequence[Workload], **options) -> dict:
     say(args, "\n".join(describe(cell) for cell in cells) + "\n")
     busy = environment.idle_utilisation() if args.device == "cuda" else None
     env["copy_gb_s"] = timing.copy_gb_s(args.device)
-    env["torch_add_us"] = timing.torch_add_us(args.device)
     options |= {"runs": args.runs, "seed": args.seed, "copy_gb_s": env["copy_gb_s"]}
 
     def run() -> list[dict]:

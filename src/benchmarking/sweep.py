@@ -174,6 +174,10 @@ def _proven(entrant: Contestant, device: str) -> Contestant:
     return entrant._replace(**failed) if problem else entrant
 
 
+# Between the samplers' turns, so that the processor's caches are as cold for it as for them.
+_ADD = "torch.add"
+
+
 def _measure(
     workload: Workload,
     entrants: list[Contestant],
@@ -222,8 +226,11 @@ def _measure(
         if device == "cuda":
             queueing = {n: f for n, f in passing().items() if runnable[n].capturable}
             budget = {"budget_s": min(MOST_S, clock["budget_s"])}
-            for name, summary in timing.host_times(queueing, copies, device, **budget).items():
-                rows[name]["host_us"] = summary
+            turns = {**queueing, _ADD: timing.add_of_one_element(device)}
+            host = timing.host_times(turns, copies, device, **budget)
+            for name in queueing:
+                rows[name]["host_us"] = host[name]
+                rows[name]["torch_add_us"] = host[_ADD]["median"]
     except Exception as error:
         # Turns are shared, so who raised is not known; every row says what happened.
         for name in passing():
@@ -334,6 +341,7 @@ def empty_row(workload: Workload, entrant: Contestant) -> dict:
         "gpu_us": None,
         "latency_us": None,
         "host_us": None,
+        "torch_add_us": None,
         "floor_us": None,
         "bytes": None,
         "acceptance_rate": None,

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import statistics
+
 from src.benchmarking.tables import bandwidth_fraction, bullets, markdown, verdict
 
 # The host's share of a call: at most this, or so many times a torch.add of one element.
@@ -59,18 +61,18 @@ def kernel_words(result: dict) -> list[str]:
 
 
 def _host_in_words(result: dict) -> list[str]:
-    hosts = [_median(r, "host_us") for r in result["rows"] if r["sampler"] in KERNELS]
-    hosts = sorted(us for us in hosts if us)
-    add = result["environment"].get("torch_add_us")
-    if not hosts or not add:
+    rows = [r for r in result["rows"] if r["sampler"] in KERNELS and r.get("torch_add_us")]
+    if not rows:
         return []
-    middle = hosts[len(hosts) // 2]
-    most = max(HOST_US, HOST_ADDS * add)
-    judged = "met" if middle <= most else "missed"
+    hosts = [_median(r, "host_us") for r in rows]
+    adds = [r["torch_add_us"] for r in rows]
+    host, add = statistics.median(hosts), statistics.median(adds)
+    met = sum(h <= max(HOST_US, HOST_ADDS * a) for h, a in zip(hosts, adds, strict=True))
     return [
-        f"The host is busy for {middle:.1f} us a call in the median cell, {hosts[-1]:.1f} at most: "
-        f"{middle / add:.1f} times a torch.add of one element ({add:.1f} us). "
-        f"Target of {most:.1f} us {judged}."
+        f"The host is busy for {host:.1f} us a call in the median cell, {max(hosts):.1f} at most. "
+        f"A torch.add of one element, taking turns with it, takes {add:.1f} us: the call costs "
+        f"{host / add:.1f} of them. Target of {HOST_US:.0f} us or {HOST_ADDS:.0f} of them met in "
+        f"{met} of {len(rows)} rows."
     ]
 
 

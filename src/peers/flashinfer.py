@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import itertools
+
 import torch
 
 from src.contract import SamplerOutput, SamplerUnavailable
 from src.peers.adapter import Adapter, find, refuse_one_hot
 
+_BUFFERS = 512  # more than the calls whose results are looked at together
 _PARAMETERS = ("draft_probs", "draft_token_ids", "target_probs", "generator", "seed", "offset")
 
 
@@ -43,8 +46,10 @@ def _adapter(device: str, preallocated: bool) -> Adapter:
             draft_token_ids.int().contiguous(),
             target_probs.float().contiguous(),
         )
-        dtype = draft_token_ids.dtype
-        counts = torch.zeros((2, batch_size), dtype=torch.int32, device=draft_token_ids.device)
+        ids, dtype = draft_token_ids, draft_token_ids.dtype
+        # A pair of buffers a call: what a call returned is left alone by those after it.
+        pairs = torch.zeros((_BUFFERS, 2, batch_size), dtype=torch.int32, device=ids.device)
+        buffers = itertools.cycle(pairs.unbind())
         offset = 0
 
         def call():
@@ -53,6 +58,7 @@ def _adapter(device: str, preallocated: bool) -> Adapter:
 
         def call_preallocated():
             nonlocal offset
+            counts = next(buffers)
             counts.zero_()
             token_ids, _, emitted = sample(*arguments, *counts, seed=0, offset=offset)
             offset += 2 * (spec_length + 1)  # a call draws at most 2K + 1 numbers a row

@@ -108,10 +108,10 @@ void run_logits(const LogitsParams& a, int kernel, int n, int by_positions, unsi
   }
   if (by_positions > 0) {
     const int64_t targets = num_target_rows(a.base);
-    std::vector<RowSummary> table(2 * targets);
+    std::vector<LogitsRow<T>> drawn_from(targets);
     std::vector<TileStats> stats(targets * tiles, TileStats{NAN, NAN});
     std::vector<uint8_t> verdicts(targets, by_positions > 1 ? kGoesOn : 0xFF);
-    const Findings findings{table.data(), stats.data(), verdicts.data()};
+    const Findings<T> findings{drawn_from.data(), stats.data(), verdicts.data()};
     const auto decide = [&] { positions_kernel<T>(a, n, by_positions > 1, findings); };
     const size_t shared = 2 + 4 * tiles;
     emulation::launch(static_cast<int>(targets) * n, threads, n, shared, decide, seed);

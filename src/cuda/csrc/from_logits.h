@@ -52,14 +52,29 @@ FR_FUNCTION double double_from_bits(uint64_t bits) {
 #endif
 }
 
-// 2^t for t below 127, within 2e-7; 0 below -126 and for NaN; exactly 1 at 0. The same bits on
-// every machine, which neither libm nor the device's ex2 promises. Polynomial fitted on [-0.5,
-// 0.5]. Here and below what does not count is left out last, by a choice between two values: as a
-// branch it would keep the device from working on several elements at once.
+// max(x, bound), and bound for NaN: one instruction here and there.
+FR_FUNCTION float at_least(float x, float bound) {
+#if defined(__CUDA_ARCH__)
+  return fmaxf(x, bound);
+#else
+  return x > bound ? x : bound;
+#endif
+}
+
+constexpr float kRoundingShift = 12582912.0f;  // 1.5 * 2^23: adding it rounds to an integer
+
+// 2^n * value, n the integer to which `shifted` was rounded by kRoundingShift.
+FR_FUNCTION float times_power(float value, float shifted) {
+  return float_from_bits(bits_of(value) + (bits_of(shifted) << 23));
+}
+
+// 2^t for t below 127, within 2e-7 down to t = -126; 0 at -127 and below and for NaN; exactly 1 at
+// 0. The same bits on every machine, which neither libm nor the device's ex2 promises. Polynomial
+// fitted on [-0.5, 0.5].
 FR_FUNCTION float exp2_portable(float t) {
-  constexpr float shift = 12582912.0f;  // 1.5 * 2^23: adding it rounds to an integer
-  const float shifted = t + shift;
-  const float f = t - (shifted - shift);
+  t = at_least(t, -127.0f);
+  const float shifted = t + kRoundingShift;
+  const float f = t - (shifted - kRoundingShift);
   float y = 0x1.41a6fep-13f;
   y = fmaf(y, f, 0x1.5f44fp-10f);
   y = fmaf(y, f, 0x1.3b2dfep-7f);
@@ -67,22 +82,23 @@ FR_FUNCTION float exp2_portable(float t) {
   y = fmaf(y, f, 0x1.ebfbdap-3f);
   y = fmaf(y, f, 0x1.62e43p-1f);
   y = fmaf(y, f, 1.0f);
-  const float power = float_from_bits(bits_of(y) + (bits_of(shifted) << 23));
-  return t > -126.0f ? power : 0.0f;
+  return times_power(y, shifted);  // at -127 the bits of 1 and of the power cancel
 }
 
-// 1 - 2^t for t <= 0, without cancellation near 0.
+// 1 - 2^t for t <= 0, without cancellation near 0; 1 for NaN. 2^t is 2^n * (1 + f * y(f)), with
+// y(f) = (2^f - 1) / f fitted on [-0.5, 0.5], within 2e-7.
 FR_FUNCTION float one_minus_exp2(float t) {
-  const float far = 1.0f - exp2_portable(t);
-  float y = 1.3108199709677137e-05f;
-  y = fmaf(y, t, 1.5259125211741775e-04f);
-  y = fmaf(y, t, 1.3328662607818842e-03f);
-  y = fmaf(y, t, 9.618042968213558e-03f);
-  y = fmaf(y, t, 5.5504102259874344e-02f);
-  y = fmaf(y, t, 2.4022650718688965e-01f);
-  y = fmaf(y, t, 6.931471824645996e-01f);
-  const float near = -t * y;
-  return t < -0.5f ? far : near;
+  t = at_least(t, -126.0f);
+  const float shifted = t + kRoundingShift;
+  const float f = t - (shifted - kRoundingShift);
+  float y = 0x1.4308f4p-13f;
+  y = fmaf(y, f, 0x1.5f07b4p-10f);
+  y = fmaf(y, f, 0x1.3b2bap-7f);
+  y = fmaf(y, f, 0x1.c6af6ep-5f);
+  y = fmaf(y, f, 0x1.ebfbdep-3f);
+  y = fmaf(y, f, 0x1.62e43p-1f);
+  const float power = times_power(1.0f, shifted);
+  return fmaf(-power, y * f, 1.0f - power);
 }
 
 // log2 of a positive, normal number: the same bits on every machine.
@@ -114,6 +130,11 @@ struct Softmax {
   float threshold;  // the least kept logit; +inf for a row without mass, whose p_i are all 0
 
   FR_FUNCTION bool keeps(float x) const { return x >= threshold && x > kNegativeInfinity; }
+
+  // Whether every logit is kept, and none is +inf, next to which the reference would be.
+  FR_FUNCTION bool is_plain() const {
+    return threshold == kNegativeInfinity && fabsf(reference) < 1e37f;
+  }
 
   FR_FUNCTION float operator()(float logit) const {
     const float x = finite_logit(logit);
@@ -191,6 +212,7 @@ struct LogitsRow {
   int one_hot;
   int fixed_token;  // a greedy request's token, or -1
   bool q_is_logits;
+  bool plain;              // q is logits too, neither is filtered, and neither has an infinity
   const TileStats* stats;  // of p
   float largest;
   Softmax softmax;          // of p
@@ -222,24 +244,32 @@ struct LogitsRow {
     const float probability = softmax(p_i);
     if (!q_is_logits) return weight(probability, q_i);
     const float x_p = finite_logit(p_i), x_q = finite_logit(q_i);
-    const float log2_ratio = log2_of_ratio(x_p, x_q);
-    const float difference = probability * one_minus_exp2(log2_ratio);
-    const float residual = log2_ratio < 0.0f ? difference : 0.0f;
-    return x_q >= draft_threshold && x_q > kNegativeInfinity ? residual : probability;
+    const float rest = residual(probability, x_p, x_q);
+    return x_q >= draft_threshold && x_q > kNegativeInfinity ? rest : probability;
   }
 
-  // log2(q / p). Where the logits' difference and the shift cancel, as on a token that both sides
-  // are nearly sure of, float32 has no digits left: there with what its roundings lose. Not in
-  // float64, which is slow on most cards.
+  // The same where is_plain(): a NaN or -inf needs no care then.
+  FR_FUNCTION bool is_plain() const { return plain; }
+  FR_FUNCTION float with_plain_draft(float p_i, float q_i) const {
+    const float t = (p_i - softmax.reference) * softmax.scale - softmax.remainder;
+    return residual(exp2_portable(t), p_i, q_i);
+  }
+
+  // p - q where that is positive, by p * (1 - q / p); p where log2(q / p) is NaN: then q is 0.
+  FR_FUNCTION float residual(float probability, float x_p, float x_q) const {
+    const float log2_ratio = log2_of_ratio(x_p, x_q);
+    const float difference = probability * one_minus_exp2(log2_ratio);
+    return log2_ratio >= 0.0f ? 0.0f : difference;
+  }
+
+  // log2(q / p), with what the roundings of the logits' difference and of the shift lose: where the
+  // two cancel, as on a token that both sides are nearly sure of, float32 has no digits left. Not
+  // in float64, which is slow on most cards.
   FR_FUNCTION float log2_of_ratio(float x_p, float x_q) const {
-    const float difference = x_q - x_p, scaled = difference * softmax.scale;
-    const float ratio = scaled + shift;
+    const float difference = x_q - x_p;
     const float rounded = x_q - difference;  // about x_p
     const float lost = (x_q - (difference + rounded)) + (rounded - x_p);
-    const float rest =
-        fmaf(difference, softmax.scale, -scaled) + fmaf(lost, softmax.scale, shift_rest);
-    const bool cancels = fabsf(ratio) < fabsf(shift) * 0.0625f;
-    return cancels ? ratio + rest : ratio;  // where they cancel, `ratio` is an exact difference
+    return fmaf(difference, softmax.scale, shift) + fmaf(lost, softmax.scale, shift_rest);
   }
 
   FR_FUNCTION float without_draft(float p_i, int i) const {
@@ -359,7 +389,9 @@ struct LogitsRequest : Request<T> {
     row.q_is_logits = logits->draft_is_logits;
     if (row.q && row.q_is_logits) {
       const RowSummary draft = summaries.draft(k);
-      row.draft_threshold = softmax(draft).threshold;
+      const Softmax q = softmax(draft);
+      row.draft_threshold = q.threshold;
+      row.plain = row.softmax.is_plain() && q.is_plain();
       const double shift = (target.logsumexp - draft.logsumexp) * kLog2E;
       row.shift = static_cast<float>(shift);
       row.shift_rest = static_cast<float>(shift - row.shift);

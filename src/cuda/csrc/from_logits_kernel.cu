@@ -168,9 +168,15 @@ __global__ void __launch_bounds__(kMaxWarps* kWarp, kResidentBlocks)
   const LogitsRowAt<T> at = locate_row<T>(a, row);
   if (!at.x || tile >= tiles) return;
   const float threshold = thresholds ? thresholds[row] : kNegativeInfinity;
-  const TileStats tile_stats =
-      warp_tile_stats(at.x, tile, vocab_size, a.scale(at.b), threshold, lane);
-  if (lane == 0) stats[row * tiles + tile] = tile_stats;
+  TileStats& tile_stats = stats[row * tiles + tile];
+  TileStats found = {kNegativeInfinity, 0.0f};
+  // Where a tile was seen to have nothing to keep, it is not read again.
+  const bool is_empty = thresholds && tile_stats.largest < threshold;
+  __syncwarp();
+  if (!is_empty) {
+    found = warp_tile_stats(at.x, tile, vocab_size, a.scale(at.b), threshold, lane);
+  }
+  if (lane == 0) tile_stats = found;
 }
 
 // One warp: the largest logit of a row, from its tiles' statistics.
@@ -331,10 +337,11 @@ __global__ void __launch_bounds__(kMaxWarps* kWarp, 1)
 // that where not all blocks run at once, those of rows after a rejection find it and read nothing.
 
 // What the first launch leaves to the second, in global memory.
+template <typename T>
 struct Findings {
-  RowSummary* table;  // [B][2 K + 1], as TableSummaries
-  TileStats* stats;   // [B][K + 1][tiles], of the target's rows
-  uint8_t* verdicts;  // [B][K + 1]
+  LogitsRow<T>* rows;  // [B][K + 1], to draw from where the position ends the request
+  TileStats* stats;    // [B][K + 1][tiles], of the target's rows
+  uint8_t* verdicts;   // [B][K + 1]
 };
 
 constexpr uint8_t kGoesOn = 0, kEnds = 1;
@@ -366,7 +373,8 @@ __device__ __forceinline__ bool warp_is_over(const volatile uint8_t* verdicts, i
 
 template <typename T>
 __global__ void __launch_bounds__(kMaxWarps* kWarp, kResidentBlocks)
-    positions_kernel(const LogitsParams a, int blocks_per_row, bool early_exit, Findings findings) {
+    positions_kernel(const LogitsParams a, int blocks_per_row, bool early_exit,
+                     Findings<T> findings) {
   __shared__ RowSummary summaries[2];
   __shared__ DraftToken draft;
   FR_DYNAMIC_SHARED(uint64_t,
@@ -390,10 +398,12 @@ __global__ void __launch_bounds__(kMaxWarps* kWarp, kResidentBlocks)
   __syncwarp();
   cluster_start();
 
-  RowSummary* table = findings.table + b * (2 * spec_length + 1);
-  uint8_t* verdicts = findings.verdicts + b * (spec_length + 1);
-  TileStats* target_stats = findings.stats + (b * (spec_length + 1) + k) * tiles;
-  const bool is_over = early_exit && warp_is_over(verdicts, k, lane);
+  const int64_t position = b * (spec_length + 1) + k;
+  TileStats* target_stats = findings.stats + position * tiles;
+  const auto looks_over = [&] {
+    return early_exit && warp_is_over(findings.verdicts + position - k, k, lane);
+  };
+  bool is_over = looks_over();
   const auto load = [&](int i, RawTile<T>& raw) {
     const T* x = i < tiles ? request.target_row(k) : request.draft_row(k);
     load_tile(x, i < tiles ? i : i - tiles, vocab_size, lane, raw);
@@ -413,8 +423,11 @@ __global__ void __launch_bounds__(kMaxWarps* kWarp, kResidentBlocks)
   __syncwarp();
   cluster_wait();
   while (i < rows * tiles) {
-    TileStats found = {kNegativeInfinity, 0.0f};  // the first block waits for something
-    if (!is_over) found = warp_tile_stats(raw, request.scale, kNegativeInfinity);
+    TileStats found = {kNegativeInfinity, 0.0f};  // something, since the first block waits for it
+    if (!is_over) {
+      is_over = looks_over();
+      found = warp_tile_stats(raw, request.scale, kNegativeInfinity);
+    }
     if (lane == 0) {
       send_pair_to_block(stats + 2 * i, pending, 0, found.largest, found.sum);
       if (i < tiles) target_stats[i] = found;
@@ -426,51 +439,55 @@ __global__ void __launch_bounds__(kMaxWarps* kWarp, kResidentBlocks)
 
   if (warp < rows) {
     wait_for_bytes(pending);
-    RowSummary summary =
-        warp_summarize(warp == 0 ? request.target_row(k) : request.draft_row(k),
-                       reinterpret_cast<const TileStats*>(stats) + warp * tiles, request.scale,
-                       kNegativeInfinity, request.greedy, vocab_size, lane);
+    const T* x = warp == 0 ? request.target_row(k) : request.draft_row(k);
+    const TileStats* known = reinterpret_cast<const TileStats*>(stats) + warp * tiles;
+    RowSummary summary = {};
+    if (!is_over) {
+      summary = warp_summarize(x, known, request.scale, kNegativeInfinity, request.greedy,
+                               vocab_size, lane);
+    }
     summary.stats = target_stats;  // not this block's copy; of the draft's row they are not kept
     if (lane == 0) summaries[warp] = summary;
   }
   __syncthreads();
-  if (threadIdx.x == 0) {
+  if (threadIdx.x == 0 && !is_over) {
     const bool ends =
         is_last || !request.accepts_values(k, draft.id, draft.values, [&] { return draft.u; });
-    verdicts[k] = ends ? kEnds : kGoesOn;
-    table[k] = summaries[0];
-    if (rows == 2 || (a.draft_logsumexp && !is_last)) table[spec_length + 1 + k] = summaries[1];
+    findings.verdicts[position] = ends ? kEnds : kGoesOn;
+    if (ends) {
+      findings.rows[position] = request.row(k, is_last ? kPlaceholderTokenId : draft.id);
+    }
   }
 }
 
 // A request whose drafts have been decided over.
 template <typename T>
-struct VerifiedRequest : LogitsRequest<T, TableSummaries> {
+struct VerifiedRequest : Request<T> {
+  using Row = LogitsRow<T>;
+  const Row* rows;
   const uint8_t* verdicts;
 
-  __device__ VerifiedRequest(const LogitsParams& a, int64_t b, const Findings& findings)
-      : LogitsRequest<T, TableSummaries>(
-            a, b, {findings.table + b * (2 * a.base.spec_length + 1), a.base.spec_length}),
+  __device__ VerifiedRequest(const LogitsParams& a, int64_t b, const Findings<T>& findings)
+      : Request<T>(a.base, b),
+        rows(findings.rows + b * (a.base.spec_length + 1)),
         verdicts(findings.verdicts + b * (a.base.spec_length + 1)) {}
 };
 
 template <typename T>
 __device__ __forceinline__ Decision<LogitsRow<T>> warp_decide(const VerifiedRequest<T>& request,
                                                               int lane) {
+  wait_for_launch_before();
   for (int64_t first = 0;; first += kWarp) {
     const int64_t k = first + lane;
     const bool ends = k >= request.drafts || request.verdicts[k] == kEnds;
     const unsigned all = __ballot_sync(kAllLanes, ends);
-    if (!all) continue;
-    const int64_t stop = first + __ffs(all) - 1;
-    const int64_t id = stop < request.drafts ? request.id(stop) : kPlaceholderTokenId;
-    return {stop, request.row(stop, id)};
+    if (all) return {first + __ffs(all) - 1, request.rows[first + __ffs(all) - 1]};
   }
 }
 
 template <typename T>
-__global__ void __launch_bounds__(kMaxWarps* kWarp, 1)
-    draw_kernel(const LogitsParams a, int blocks_per_row, Findings findings) {
+__global__ void __launch_bounds__(kMaxWarps* kWarp, kResidentBlocks)
+    draw_kernel(const LogitsParams a, int blocks_per_row, Findings<T> findings) {
   FR_DYNAMIC_SHARED(uint64_t, shared);
   const auto [b, rank] = place_of<Step::kInCluster>(blocks_per_row);
   const int tiles = num_tiles(a.base.vocab_size);
@@ -478,7 +495,6 @@ __global__ void __launch_bounds__(kMaxWarps* kWarp, 1)
   if (threadIdx.x == blockDim.x - 1) expect_sums(sums, tiles);
   __syncwarp();
   cluster_start();
-  wait_for_launch_before();
   const VerifiedRequest<T> request(a, b, findings);
   sample_request<Step::kInCluster>(request, rank, blocks_per_row, sums);
 }
@@ -590,20 +606,20 @@ int blocks_per_position(const LogitsParams& a, int multiprocessors) {
 
 constexpr int64_t kFewRows = 132;  // about the multiprocessors of a large card
 
-// The workspace: tile statistics, then Findings' table and verdicts, or thresholds and tile sums.
+// The workspace: tile statistics, then Findings' rows and verdicts, or thresholds and tile sums.
 struct Workspace {
-  int64_t stats_bytes, table_bytes, verdicts_bytes, thresholds_bytes, sums_bytes;
+  int64_t stats_bytes, rows_bytes, verdicts_bytes, thresholds_bytes, sums_bytes;
 
   Workspace(const LogitsParams& a, const LogitsPlan& plan) {
     const Exchange exchange = plan.fused.exchange;
     const bool by_positions = plan.blocks_per_position > 0;
-    const int64_t targets = num_target_rows(a.base), drafts = targets - a.base.batch_size;
+    const int64_t targets = num_target_rows(a.base);
     const int64_t rows = is_plain_sample(a, exchange) ? 0
                          : by_positions               ? targets
                                                       : targets + num_draft_rows(a);
     const int64_t tiles = num_tiles(a.base.vocab_size);
     stats_bytes = rows * tiles * static_cast<int64_t>(sizeof(TileStats));
-    table_bytes = by_positions ? (targets + drafts) * static_cast<int64_t>(sizeof(RowSummary)) : 0;
+    rows_bytes = by_positions ? targets * static_cast<int64_t>(sizeof(LogitsRow<float>)) : 0;
     verdicts_bytes = by_positions ? targets : 0;
     thresholds_bytes = a.filters() ? (rows + 1) / 2 * 8 : 0;
     sums_bytes = exchange == Exchange::kWorkspace
@@ -612,7 +628,7 @@ struct Workspace {
   }
 
   int64_t bytes() const {
-    return stats_bytes + table_bytes + verdicts_bytes + thresholds_bytes + sums_bytes;
+    return stats_bytes + rows_bytes + verdicts_bytes + thresholds_bytes + sums_bytes;
   }
 };
 
@@ -654,9 +670,9 @@ struct LaunchLogits {
     }
     if (logits_plan.blocks_per_position > 0) {
       const int blocks = logits_plan.blocks_per_position;
-      char* table = workspace + sizes.stats_bytes;
-      const Findings findings{reinterpret_cast<RowSummary*>(table), stats,
-                              reinterpret_cast<uint8_t*>(table + sizes.table_bytes)};
+      char* rows_at = workspace + sizes.stats_bytes;
+      const Findings<T> findings{reinterpret_cast<LogitsRow<T>*>(rows_at), stats,
+                                 reinterpret_cast<uint8_t*>(rows_at + sizes.rows_bytes)};
       const bool early_exit = logits_plan.early_exit;
       cudaError_t error = cudaSuccess;
       if (early_exit) {
@@ -725,7 +741,12 @@ int plan_from_logits(const LogitsParams& a, Exchange exchange, int blocks_per_ro
   if (runs_by_positions(a, plan->fused.exchange)) {
     plan->blocks_per_position = blocks_per_position(a, device->multiprocessors);
     const int64_t blocks = num_target_rows(a.base) * plan->blocks_per_position;
-    plan->early_exit = blocks > kResidentBlocks * device->multiprocessors;
+    plan->early_exit = blocks > 2 * kResidentBlocks * device->multiprocessors;
+    int& drawing = plan->fused.blocks_per_row;
+    if (blocks_per_row == 0 && 2 * drawing <= kPortableCluster &&
+        2 * drawing * a.base.batch_size <= kResidentBlocks * device->multiprocessors) {
+      drawing *= 2;
+    }
   }
   plan->workspace_bytes = Workspace(a, *plan).bytes();
   return cudaSuccess;

@@ -293,11 +293,19 @@ __device__ __forceinline__ void load_weights(const Row& row, int tile, int vocab
     if (here.q) {
       load_share(here.q, left, by_vector, q);
       const T* q_values = &q.value[0][0];
-      w.each([&](float& w_i, int i) {
-        const float p_i = static_cast<float>(p_values[at]), q_i = static_cast<float>(q_values[at]);
-        ++at;
-        w_i = i < left ? here.with_draft(p_i, q_i) : 0.0f;
-      });
+      const auto weigh = [&](const auto& with_draft) {
+        w.each([&](float& w_i, int i) {
+          const float p_i = static_cast<float>(p_values[at]);
+          const float q_i = static_cast<float>(q_values[at]);
+          ++at;
+          w_i = i < left ? with_draft(p_i, q_i) : 0.0f;
+        });
+      };
+      if (here.is_plain()) {
+        weigh([&](float p_i, float q_i) { return here.with_plain_draft(p_i, q_i); });
+      } else {
+        weigh([&](float p_i, float q_i) { return here.with_draft(p_i, q_i); });
+      }
     } else {
       w.each([&](float& w_i, int i) {
         const float p_i = static_cast<float>(p_values[at++]);
