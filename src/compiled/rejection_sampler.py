@@ -200,7 +200,8 @@ def draw_weighted(weights, uniforms):
     # Edges only where there is weight: whatever a parallel scan rounds to, no other index is drawn.
     edges = torch.where(weights > 0, weights.double().cumsum(-1), 0.0)
     cutoff = uniforms.double() * edges.amax(-1)
-    return (edges > cutoff[:, None]).to(torch.uint8).argmax(-1)
+    # Not of uint8: under torch.compile torch 2.11 then counts the indices in 8 bits too.
+    return (edges > cutoff[:, None]).to(torch.int32).argmax(-1)
 
 
 def _weights(values: torch.Tensor) -> torch.Tensor:

@@ -589,15 +589,15 @@ bool runs_by_positions(const LogitsParams& a, Exchange exchange) {
          !a.base.block_verification && !a.filters() && positions_bytes(a) <= kDefaultSharedBytes;
 }
 
-// Blocks that share a position's rows: as many as have a tile for each warp, and as long as there
-// are not too many of them for the card to start.
+// Blocks that share a position's rows, at least two: as many as have a tile for each warp, and as
+// long as there are not too many of them for the card to start.
 constexpr int64_t kBlocksAMultiprocessor = 9;
 
 int blocks_per_position(const LogitsParams& a, int multiprocessors) {
   const int64_t positions = num_target_rows(a.base);
   const int64_t tiles = num_tiles(a.base.vocab_size) * (num_draft_rows(a) > 0 ? 2 : 1);
   int blocks = kPortableCluster;
-  while (blocks > 1 && (blocks / 2 * kMaxWarps >= tiles ||
+  while (blocks > 2 && (blocks / 2 * kMaxWarps >= tiles ||
                         positions * blocks > kBlocksAMultiprocessor * multiprocessors)) {
     blocks /= 2;
   }
@@ -737,12 +737,16 @@ int plan_from_logits(const LogitsParams& a, Exchange exchange, int blocks_per_ro
                         blocks_per_row, &plan->fused);
   }
   if (error != cudaSuccess) return error;
+  // What blocks send to one another wants a cluster of at least two.
+  int& drawing = plan->fused.blocks_per_row;
+  if (plan->fused.exchange == Exchange::kCluster && blocks_per_row == 0) {
+    drawing = std::max(drawing, 2);
+  }
   plan->blocks_per_position = 0;
   if (runs_by_positions(a, plan->fused.exchange)) {
     plan->blocks_per_position = blocks_per_position(a, device->multiprocessors);
     const int64_t blocks = num_target_rows(a.base) * plan->blocks_per_position;
     plan->early_exit = blocks > 2 * kResidentBlocks * device->multiprocessors;
-    int& drawing = plan->fused.blocks_per_row;
     if (blocks_per_row == 0 && 2 * drawing <= kPortableCluster &&
         2 * drawing * a.base.batch_size <= kResidentBlocks * device->multiprocessors) {
       drawing *= 2;
