@@ -23,11 +23,9 @@ SCRIPT = "demo_with_real_llm"
 def main(argv: list[str] | None = None) -> int:
     parser = options.options(__doc__)
     args = parser.parse_args(argv)
-    # Another name, so that a smoke run never replaces a result.
-    name = f"{SCRIPT}-smoke.json" if args.smoke else f"{SCRIPT}.json"
     try:
         options.check(args)
-        path = results.folder(args.output, args.device) / name
+        path = results.folder(args.output, args.device) / options.file_name(args, SCRIPT)
         results.ensure_writable(path, args.overwrite)
         comparison = options.comparison(args)
     except models.ModelUnavailable as error:

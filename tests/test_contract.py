@@ -21,7 +21,8 @@ ALLOWED = {
     "peers": {"contract", "cuda", "oracle", "randomness"},
     "samplers": {"baseline", "compiled", "contract", "cuda"},
     "from_logits": {"compiled", "contract", "cuda", "samplers"},
-    "benchmarking": {"contract", "cuda", "from_logits", "oracle", "peers", "philox", "samplers"},
+    "benchmarking": {"contract", "cuda", "decoding", "from_logits", "oracle", "peers", "philox"}
+    | {"samplers"},
 }
 SCRIPTS_MAY_IMPORT = {"benchmarking", "decoding", "samplers"}
 

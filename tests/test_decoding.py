@@ -7,10 +7,12 @@ from pathlib import Path
 import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
+from transformers import Qwen2Config, Qwen2ForCausalLM
 
 from src import decoding, samplers
 from src.decoding.cache import CachedModel
 from src.decoding.drafts import PromptLookupDraft, forced_acceptance
+from src.decoding.forwards import FusedForward
 from src.decoding.speculative import Decoder, Distribution
 from tests.tiny import VOCAB_SIZE, drafting, llama, relative
 
@@ -154,7 +156,7 @@ def test_only_two_files_know_transformers():
     folder = Path(decoding.__file__).parent
     pattern = re.compile(r"^\s*(from|import) transformers", re.MULTILINE)
     files = {path.name for path in folder.glob("*.py") if pattern.search(path.read_text("utf-8"))}
-    assert files == {"cache.py", "models.py"}
+    assert files == {"forwards.py", "models.py"}
 
 
 def test_decoders_can_share_a_cache_and_a_small_one_is_refused():
@@ -196,3 +198,52 @@ def test_a_bad_decoder_says_what_was_wanted(arguments, message):
 def test_a_bad_prompt_says_what_was_wanted(prompts, new, message):
     with pytest.raises(ValueError, match=message):
         decoder().generate(prompts, new)
+
+
+def qwen(**options):
+    torch.manual_seed(0)
+    shape = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2}
+    shape |= {"num_attention_heads": 4, "num_key_value_heads": 2, "initializer_range": 0.3}
+    model = Qwen2ForCausalLM(Qwen2Config(vocab_size=VOCAB_SIZE, **shape, **options)).eval()
+    for name, parameter in model.named_parameters():
+        if name.endswith("bias"):  # they start at zero
+            torch.nn.init.normal_(parameter)
+    return model
+
+
+@pytest.mark.parametrize("model", [llama(3), qwen(), qwen(tie_word_embeddings=True)], ids=str)
+def test_the_fused_forward_is_transformers_forward(model):
+    before = {name: p.clone() for name, p in model.named_parameters()}
+    own, fused = (CachedModel(model, 2, 64, fused=fused) for fused in (False, True))
+    assert type(own.engine).__name__ == "ModelForward"
+    assert type(fused.engine).__name__ == "FusedForward"
+    g = torch.Generator().manual_seed(1)
+    prompt = torch.randint(VOCAB_SIZE, (2, 9), generator=g)
+    for cached in (own, fused):
+        cached.prefill(prompt)
+    for start, length, keep in (([9, 4], 3, 0), ([12, 5], 1, 0), ([0, 63], 1, 0), ([7, 9], 5, 2)):
+        query = torch.randint(VOCAB_SIZE, (2, length), generator=g)
+        logits = [cached.forward(query, torch.tensor(start), keep) for cached in (own, fused)]
+        assert logits[0].shape == logits[1].shape == (2, keep or length, VOCAB_SIZE)
+        torch.testing.assert_close(logits[1], logits[0], rtol=1e-4, atol=1e-4)
+    assert all(torch.equal(before[name], p) for name, p in model.named_parameters())
+
+
+def test_the_fused_forwards_weights_are_the_models_own():
+    model = qwen()
+    first, second = (FusedForward(model, 1, 32).layers[0].qkv for _ in range(2))
+    attention = model.model.layers[0].self_attn
+    assert first.data_ptr() == second.data_ptr() == attention.q_proj.weight.data_ptr()
+    with torch.no_grad():
+        attention.v_proj.weight.fill_(3)
+    assert (second[-attention.v_proj.out_features :] == 3).all()
+
+
+def test_a_model_that_is_not_as_the_fused_forward_expects_runs_its_own():
+    model = qwen()
+    assert FusedForward.fits(model)
+    assert not FusedForward.fits(qwen(hidden_act="gelu"))
+    wrapped = model.model.layers[1].mlp
+    wrapped.up_proj = type("PackedLinear", (torch.nn.Linear,), {})(32, 48, bias=False)
+    assert not FusedForward.fits(model)
+    assert not FusedForward.fits(object())

@@ -30,7 +30,7 @@ class _Tokenizer:
 def comparison(draft=None, **settings):
     draft = relative(0) if draft is None else draft
     pair = models.Pair("tiny", llama(0), draft, _Tokenizer(), "tiny")
-    settings = {"spec_length": 3, "max_new_tokens": 8, "runs": 1, "modes": ["eager"], **settings}
+    settings = {"spec_lengths": [3], "max_new_tokens": 8, "runs": 1, "modes": ["eager"], **settings}
     return Comparison(pair, PROMPTS, Settings(**settings))
 
 
@@ -82,8 +82,8 @@ def test_batches_are_of_one_category_and_the_peer_says_that_it_takes_one_prompt(
 
 
 def test_auto_measures_the_spec_length_and_falls_back_to_plain(monkeypatch):
-    compared = comparison(spec_length="auto")
-    fast = Method("vectorized", "", "eager")
+    compared = comparison(spec_lengths=["auto"])
+    fast = Method("vectorized", "", "eager", "auto")
     monkeypatch.setattr("src.decoding.spec_length.choose", lambda *args: (2, 1.5))
     assert compared.spec_length(fast, "code") == 2
     monkeypatch.setattr("src.decoding.spec_length.choose", lambda *args: (0, 1.0))

@@ -50,8 +50,9 @@ _STORY += ["profile_rejection_sampling", "demo_with_real_llm", "losslessness", "
 
 
 def page(folder: Path) -> str:
-    """HTML of every result file <device>/<script>.json under `folder`, plots embedded. A smoke run
-    is shown only where its script has no other result. Raises ValueError where there is none."""
+    """HTML of every result file <device>/<script>[-kind].json in `folder`, plots embedded. A smoke
+    run is shown only where its script has no other result. Raises ValueError where there is none.
+    """
     sections, entries = [], []
     for device in sorted(path for path in folder.iterdir() if path.is_dir()):
         for path in _result_files(device):
@@ -76,13 +77,16 @@ def page(folder: Path) -> str:
 
 
 def _result_files(device: Path) -> list[Path]:
+    def script(path: Path) -> str:
+        return path.stem.partition("-")[0]
+
     def place(path: Path) -> tuple[int, str]:
-        script = path.stem.removesuffix("-smoke")
-        return _STORY.index(script) if script in _STORY else len(_STORY), path.stem
+        known = script(path) in _STORY
+        return _STORY.index(script(path)) if known else len(_STORY), path.stem
 
     paths = sorted(device.glob("*.json"), key=place)
-    names = {path.stem for path in paths}
-    return [path for path in paths if path.stem.removesuffix("-smoke") not in names - {path.stem}]
+    real = {script(path) for path in paths if not path.stem.endswith("-smoke")}
+    return [path for path in paths if not path.stem.endswith("-smoke") or script(path) not in real]
 
 
 def _section(path: Path) -> tuple[str, str]:
@@ -92,7 +96,7 @@ def _section(path: Path) -> tuple[str, str]:
     link = f'<a href="{address}">raw JSON</a>'
     try:
         result = results.load(path)
-        title = f"{result['script']} on {result['environment']['device']}"
+        title = f"{path.stem.removesuffix('-smoke')} on {result['environment']['device']}"
         body = _body(result, name, path.with_suffix(".png"))
     except (ValueError, KeyError, TypeError) as error:
         title = f"{path.stem} in {path.parent.name}"

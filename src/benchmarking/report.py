@@ -31,6 +31,7 @@ from src.benchmarking.tables import (
     vocab_table,
 )
 from src.benchmarking.target_tables import kernel_table, kernel_words, logits_table, logits_words
+from src.decoding import tables as decoding_tables
 
 MARKERS = re.compile(r"(<!-- table:([a-z0-9_]+) -->\n).*?(<!-- /table -->)", re.DOTALL)
 
@@ -59,6 +60,7 @@ _TABLES: dict[str, Callable[[dict], str]] = {
     "kernel": kernel_table,
     "from_logits": logits_table,
     "profile_rejection_sampling": profile_table,
+    "demo_with_real_llm": lambda result: decoding_tables.tables(result["rows"]),
     "losslessness": losslessness_table,
     "soak": soak_table,
 }
@@ -86,7 +88,9 @@ def readme_text(readme: str, recorded: Path) -> str:
 
 
 def _recorded_tables(script: str, recorded: Path) -> str:
-    paths = filter(environment.is_recorded, recorded.glob(f"*/{script}.json"))
+    paths = [*recorded.glob(f"*/{script}.json"), *recorded.glob(f"*/{script}-*.json")]
+    paths = [path for path in paths if not path.stem.endswith("-smoke")]
+    paths = filter(environment.is_recorded, paths)
     # Graphics cards first.
     paths = sorted(paths, key=lambda path: (path.parent.name.startswith("cpu-"), path))
     if not paths:
@@ -96,6 +100,8 @@ def _recorded_tables(script: str, recorded: Path) -> str:
     for path in paths:
         result = results.load(path)
         lines = [f"{conditions(result)}:", "", table(result), *bullets(notes(result["rows"]))]
+        if path.stem != script:
+            lines[0] = f"`{result['environment']['command']}`, {lines[0]}"
         plot = path.with_suffix(".png")
         if plot.exists() and environment.is_recorded(plot):
             address = plot.relative_to(recorded.parent).as_posix()

@@ -9,11 +9,14 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
+import numpy as np
 import torch
 
 from src.contract import PLACEHOLDER_TOKEN_ID, SamplerOutput
 from src.decoding.cache import CachedModel
-from src.randomness import philox_uniforms
+
+# Draws in forced_acceptance's table: a prime, so that no stride of offsets visits a part of it.
+_FORCED = 65_537
 
 
 class ModelDraft:
@@ -96,26 +99,30 @@ def draw_tokens(draw: Callable[..., SamplerOutput], probs, seeds, offsets) -> to
     return draw(nothing, None, probs, seeds=seeds, offsets=offsets).token_ids[:, 0]
 
 
-def forced_acceptance(sample: Callable[..., SamplerOutput], rate: float):
+def forced_acceptance(sample: Callable[..., SamplerOutput], rate: float, device="cpu"):
     """`sample` with its acceptance replaced: each draft token is accepted with probability `rate`.
 
     For timing a pair whose weights are random: the sampler runs as it would, its verdict is not
-    used. Needs seeds and offsets.
+    used. Needs seeds and offsets, on `device`. How many tokens are accepted comes from a table,
+    which costs a round a few small kernels where drawing it anew would cost hundreds.
     """
     if not 0 <= rate <= 1:
         raise ValueError(f"acceptance rate is {rate}; wanted 0 to 1")
+    uniforms = np.random.default_rng(0).random(_FORCED)
+    with np.errstate(divide="ignore", invalid="ignore"):
+        lengths = np.floor(np.log(uniforms) / np.log(rate)) if rate < 1 else np.full(_FORCED, 2**30)
+    table = torch.from_numpy(np.minimum(lengths, 2**30).astype(np.int32)).to(device)
 
     def forced(draft_token_ids, draft_probs, target_probs, *, seeds, offsets):
         real = sample(draft_token_ids, draft_probs, target_probs, seeds=seeds, offsets=offsets)
         spec_length = draft_token_ids.shape[1]
-        accept = philox_uniforms(seeds, offsets, spec_length) < rate
-        num_accepted = accept.long().cumprod(1).sum(1)
+        num_accepted = table[(seeds * 7919 + offsets) % _FORCED].clamp(max=spec_length)
+        last = num_accepted[:, None].long()
         drawn = real.token_ids.gather(1, real.num_accepted[:, None].long())
-        columns = torch.arange(spec_length + 1, device=seeds.device)
         padded = torch.nn.functional.pad(draft_token_ids, (0, 1), value=PLACEHOLDER_TOKEN_ID)
-        last = num_accepted[:, None]
-        token_ids = torch.where(columns < last, padded, PLACEHOLDER_TOKEN_ID)
-        token_ids = torch.where(columns == last, drawn, token_ids)
-        return SamplerOutput(token_ids, num_accepted.to(torch.int32))
+        columns = torch.arange(spec_length + 1, device=seeds.device)
+        token_ids = padded.scatter(1, last, drawn.to(padded.dtype))
+        token_ids = token_ids.masked_fill(columns > last, PLACEHOLDER_TOKEN_ID)
+        return SamplerOutput(token_ids, num_accepted)
 
     return forced

@@ -35,9 +35,12 @@ _CALIBRATION_LENGTH = 4
 
 
 class Method(NamedTuple):
+    """spec_length: draft tokens a round, or "auto"."""
+
     name: str
     label: str
     mode: str
+    spec_length: int | str = 0
 
     @property
     def speculative(self) -> bool:
@@ -50,10 +53,11 @@ class Method(NamedTuple):
 
 @dataclass
 class Settings:
-    """What a comparison runs. spec_length: draft tokens a round, or "auto"; temperature 0 is
-    greedy; acceptance: forced, for a synthetic pair."""
+    """What a comparison runs. spec_lengths: draft tokens a round, or "auto"; with several of them
+    only the fastest sampler runs. temperature 0 is greedy; acceptance: forced, for a synthetic
+    pair."""
 
-    spec_length: int | str = 8
+    spec_lengths: Sequence[int | str] = (8,)
     max_new_tokens: int = 30
     runs: int = 3
     batch_size: int = 1
@@ -67,15 +71,24 @@ class Settings:
     on_progress: object = field(default=lambda text: None)
 
 
-def methods(device: str, modes: Sequence[str] = MODES) -> list[Method]:
-    """Every method, in table order: each mode's plain decoding, its samplers, then the peers."""
+def methods(
+    device: str, modes: Sequence[str] = MODES, spec_lengths: Sequence[int | str] = (8,)
+) -> list[Method]:
+    """Every method, in table order: each mode's plain decoding, its samplers, then the peers; of
+    several spec lengths the fastest sampler's at each."""
     found = []
     for mode in modes:
         found.append(Method(PLAIN, "No Spec Decode (Standard Autoregressive)", mode))
-        found += [Method(name, _LABELS[name], mode) for name in SAMPLERS[device]]
+        if len(spec_lengths) > 1:
+            name = SAMPLERS[device][-1]
+            label = _LABELS[name]
+            found += [Method(name, f"{label}, K {k}", mode, k) for k in spec_lengths]
+            continue
+        [length] = spec_lengths
+        found += [Method(name, _LABELS[name], mode, length) for name in SAMPLERS[device]]
         if mode == "eager":
             found.append(Method(PEER_PLAIN, "transformers generate", mode))
-            found.append(Method(PEER_ASSISTED, "transformers assisted generation", mode))
+            found.append(Method(PEER_ASSISTED, "transformers assisted generation", mode, length))
     return found
 
 
@@ -111,8 +124,10 @@ class Comparison:
         processor = logits_processor(settings.temperature, settings.top_k, settings.top_p)
         self.distribution = Distribution(processor, greedy=greedy)
         self._draw = _first_available(self.device.type)
-        length = settings.spec_length
-        self._longest_draft = lengths.LONGEST if length == "auto" else int(length)
+        self._longest_draft = max(
+            lengths.LONGEST if length == "auto" else int(length) for length in settings.spec_lengths
+        )
+        self.methods = methods(self.device.type, settings.modes, settings.spec_lengths)
         self._caches = {}
         self._decoders = {}
         self._lengths = {}
@@ -120,7 +135,7 @@ class Comparison:
     def run(self) -> list[dict]:
         """Rows of result schema 1, one for each method and category, then one over all."""
         ready, rows = [], []
-        for method in methods(self.device.type, self.settings.modes):
+        for method in self.methods:
             self.settings.on_progress(f"preparing {method.mode} {method.name}")
             try:
                 for _, batch in self.batches:
@@ -137,18 +152,15 @@ class Comparison:
                     timed[method][batch].append(self.generate(method, batch, run))
         for method in ready:
             rows += self._rows(method, timed[method])
-        order = methods(self.device.type, self.settings.modes)
-        rank = {(method.name, method.mode): i for i, method in enumerate(order)}
-        rows.sort(key=lambda row: rank[row["method"], row["mode"]])
+        rank = {(method.label, method.mode): i for i, method in enumerate(self.methods)}
+        rows.sort(key=lambda row: rank[row["label"], row["mode"]])
         _speedups(rows)
         return rows
 
     def spec_length(self, method: Method, category: str) -> int:
-        """Draft tokens a round for the method's mode and a category, measured for "auto"."""
-        if not method.speculative:
-            return 0
-        if self.settings.spec_length != "auto":
-            return int(self.settings.spec_length)
+        """Draft tokens a round for the method and a category, measured for "auto"."""
+        if method.spec_length != "auto":
+            return int(method.spec_length)
         key = method.mode, category
         if key not in self._lengths:
             self._lengths[key] = self._calibrate(method, category)
@@ -194,14 +206,14 @@ class Comparison:
         sampler = self._draw if name == PLAIN else name
         sample = samplers.get(sampler).load(self.device.type)
         if length and self.pair.synthetic:
-            sample = forced_acceptance(sample, self.settings.acceptance)
+            sample = forced_acceptance(sample, self.settings.acceptance, self.device)
         draft = None
         if length:
             model = self.pair.draft
-            cached = model if model == PROMPT_LOOKUP else self._cache(model)
+            cached = model if model == PROMPT_LOOKUP else self._cache(model, mode)
             draft = draft_maker(cached, self._draw, self.device)
         return Decoder(
-            self._cache(self.pair.target),
+            self._cache(self.pair.target, mode),
             draft,
             sample,
             spec_length=length,
@@ -214,14 +226,21 @@ class Comparison:
             check=check and not self.pair.synthetic,
         )
 
-    def _cache(self, model) -> CachedModel:
-        """One cache a model for all decoders: they take turns, and compiled code is kept."""
-        if model not in self._caches:
-            size = self.settings.batch_size
-            capacity = self._max_length + self._longest_draft
-            compiled = self.settings.compiled
-            self._caches[model] = CachedModel(model, size, capacity, compiled=compiled)
-        return self._caches[model]
+    def _cache(self, model, mode: str) -> CachedModel:
+        """One cache a model and mode for all decoders: they take turns, and compiled code is kept.
+
+        Eager rounds run transformers' own forward, which is what eager code pays for.
+        """
+        key = model, mode
+        if key not in self._caches:
+            self._caches[key] = CachedModel(
+                model,
+                self.settings.batch_size,
+                self._max_length + self._longest_draft,
+                fused=mode == "graphed",
+                compiled=self.settings.compiled,
+            )
+        return self._caches[key]
 
     def _calibrate(self, method: Method, category: str) -> int:
         """K from acceptance and costs measured on the category's first prompts, with the sampler
@@ -276,7 +295,7 @@ class Comparison:
             return options
         if self.pair.synthetic:
             raise Skipped("its acceptance cannot be forced")
-        length = self.spec_length(Method(self._draw, "", method.mode), category)
+        length = self.spec_length(method, category)
         if not length:
             return options
         if self.pair.draft == PROMPT_LOOKUP:
@@ -349,7 +368,7 @@ class Comparison:
             "reason": None,
             "command": None,
             "batch_size": settings.batch_size,
-            "spec_length": settings.spec_length if method.speculative else 0,
+            "spec_length": method.spec_length,
             "max_new_tokens": settings.max_new_tokens,
             "temperature": settings.temperature,
             "top_k": settings.top_k,
@@ -370,6 +389,8 @@ class Comparison:
             "sample_s": None,
             "speedup": None,
             "speedup_vs": None,
+            "model_share": None,
+            "expected_speedup": None,
         }
 
     def _skipped(self, method: Method, reason: str, command: str | None) -> dict:
@@ -382,7 +403,9 @@ class Comparison:
         _, batch = self.batches[0]
         ids = [self._ids[batch[0]]]
         for name in (PLAIN, self._draw):
-            method = Method(name, _LABELS.get(name, "plain decoding"), self.settings.modes[0])
+            length = 0 if name == PLAIN else self.settings.spec_lengths[0]
+            label = _LABELS.get(name, "plain decoding")
+            method = Method(name, label, self.settings.modes[0], length)
             decoder = self.decoder(method, self.spec_length(method, batch[0].category))
             seen: list[int] = []
 
@@ -409,7 +432,7 @@ class Comparison:
             raise ValueError("--check-lossless wants --temperature 0 and real weights")
         report = []
         firsts = {category: batch for category, batch in reversed(self.batches)}.values()
-        for method in methods(self.device.type, self.settings.modes):
+        for method in self.methods:
             if not method.speculative:
                 continue
             plain = Method(PLAIN, "", method.mode)
@@ -471,6 +494,12 @@ def _summed(stats) -> Stats:
 
 
 def _speedups(rows: list[dict]) -> None:
+    """Fills in each row's speedup over its mode's plain decoding, and what it should be.
+
+    expected_speedup: S(K) = E(K) / (K c + v), E(K) the tokens a round, K c and v the draft's and
+    the verify forward's time in plain decoding's steps: a loop and a sampler that cost nothing.
+    model_share: the part of the time after prefill that the models' forwards take.
+    """
     plain = {
         (row["mode"], row["prompt_category"]): row
         for row in rows
@@ -478,10 +507,18 @@ def _speedups(rows: list[dict]) -> None:
     }
     for row in rows:
         reference = plain.get((row["mode"], row["prompt_category"]))
-        if row["status"] == "ok" and reference:
-            # By tokens a second: rows that end at an EOS need not emit as many as plain decoding.
-            row["speedup"] = row["tokens_per_s"] / reference["tokens_per_s"]
-            row["speedup_vs"] = f"{reference['method']} {row['mode']}"
+        if row["status"] != "ok" or not reference:
+            continue
+        # By tokens a second: rows that end at an EOS need not emit as many as plain decoding.
+        row["speedup"] = row["tokens_per_s"] / reference["tokens_per_s"]
+        row["speedup_vs"] = f"{reference['method']} {row['mode']}"
+        if row["verify_s"] is None:
+            continue
+        forwards = (row["draft_s"] + row["verify_s"]) / row["profiled_steps"]
+        row["model_share"] = forwards * row["steps"] / (row["seconds"] - row["prefill_s"])
+        if row["mean_accepted_length"]:
+            step = (reference["seconds"] - reference["prefill_s"]) / reference["steps"]
+            row["expected_speedup"] = row["mean_accepted_length"] * step / forwards
 
 
 def _synchronize(device: torch.device) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import re
 from pathlib import Path
 
 import torch
@@ -26,9 +27,11 @@ def options(description: str) -> argparse.ArgumentParser:
     add("--draft", help="with --target: the same, or prompt-lookup (default)")
     add(
         "--spec-length",
-        type=spec_length,
-        default=8,
-        help="draft tokens a round, or auto: measure and choose",
+        type=spec_lengths,
+        default=(8,),
+        metavar="K",
+        help="draft tokens a round, or auto: measure and choose; several, as in 1-4,8,auto, run "
+        "the fastest sampler at each (default: 8)",
     )
     add("--max-new-tokens", type=positive, default=30)
     add("--runs", type=positive, default=3, help="timed runs over all prompts")
@@ -61,8 +64,20 @@ def positive(text: str) -> int:
     return int(text)
 
 
-def spec_length(text: str) -> int | str:
-    return text if text == "auto" else positive(text)
+def spec_lengths(text: str) -> tuple[int | str, ...]:
+    """(1, 2, 3, 8, "auto") of "1-3,8,auto"."""
+    found = []
+    for part in text.split(","):
+        first, dash, last = part.partition("-")
+        if part == "auto":
+            found.append(part)
+        else:
+            found += range(positive(first), positive(last if dash else first) + 1)
+    if len(set(found)) < max(1, len(found)):
+        raise argparse.ArgumentTypeError(f"wanted each length once, got {text!r}")
+    if not found:
+        raise argparse.ArgumentTypeError(f"wanted lengths, got {text!r}")
+    return tuple(found)
 
 
 def check(args: argparse.Namespace) -> None:
@@ -90,7 +105,7 @@ def comparison(args: argparse.Namespace) -> Comparison:
     print("\n".join([*pair.notes, f"{pair.label} ({args.device}, {dtype})"]), flush=True)
     bar = tqdm(disable=None, leave=False, bar_format="{desc} [{elapsed}]")
     settings = Settings(
-        spec_length=args.spec_length,
+        spec_lengths=args.spec_length,
         max_new_tokens=8 if args.smoke else args.max_new_tokens,
         runs=1 if args.smoke else args.runs,
         batch_size=args.batch_size,
@@ -107,3 +122,21 @@ def comparison(args: argparse.Namespace) -> Comparison:
     per_category = args.per_category or (1 if args.device == "cpu" else None)
     chosen = prompts.first(chosen, 1 if args.smoke else per_category)
     return Comparison(pair, chosen[-2:] if args.smoke else chosen, settings)
+
+
+def file_name(args: argparse.Namespace, script: str) -> str:
+    """A result's file: pairs, batch sizes and kinds of run do not replace one another's, and a
+    smoke run never replaces a result."""
+    pair = "custom" if args.target else args.pair
+    parts = [script]
+    if args.smoke:
+        return f"{script}-smoke.json"
+    if pair != "auto":
+        parts.append(re.sub(r"[^\w.]+", "-", pair))
+    if pair.startswith("synthetic:"):
+        parts.append(f"{args.acceptance:g}")
+    if args.batch_size > 1:
+        parts.append(f"batch-{args.batch_size}")
+    if len(args.spec_length) > 1:
+        parts.append("lengths")
+    return "-".join(parts) + ".json"

@@ -18,6 +18,11 @@ def tables(rows: Sequence[dict]) -> str:
         if of_mode:
             blocks.append(f"### {title}\n\n{_block(of_mode)}")
     by_category = _by_category(rows)
+    if any(row["expected_speedup"] for row in rows):
+        blocks.append(
+            "Times are of one generation, prefill included; draft, verify and sample of one round. "
+            "S(K): the speedup\nif a round cost nothing but its forwards."
+        )
     return "\n\n".join(blocks + ([f"### By category\n\n{by_category}"] if by_category else []))
 
 
@@ -25,7 +30,7 @@ def overall(rows: Sequence[dict]) -> list[dict]:
     """One row a method and mode: over all prompts."""
     whole = {}
     for row in rows:  # "all" comes last, and is missing where there is one category
-        whole[row["mode"], row["method"]] = row
+        whole[row["mode"], row["label"]] = row
     return list(whole.values())
 
 
@@ -33,8 +38,8 @@ def _block(rows: Sequence[dict]) -> str:
     reasons = {row["reason"] for row in rows}
     if all(row["status"] == "skipped" for row in rows) and len(reasons) == 1:
         return f"Skipped: {reasons.pop()}"
-    header = ["Method", "Avg Time (s)", "Speedup", "Tokens/s", "K", "Acceptance", "Tokens/round"]
-    header += ["Draft (ms)", "Verify (ms)", "Sample (ms)"]
+    header = ["Method", "Avg Time (s)", "Speedup", "S(K)", "Tokens/s", "K", "Acceptance"]
+    header += ["Tokens/round", "Draft (ms)", "Verify (ms)", "Sample (ms)"]
     body, notes = [], []
     for number, row in enumerate(rows, 1):
         label = f"{number}. {row['label']}"
@@ -48,6 +53,7 @@ def _block(rows: Sequence[dict]) -> str:
                 label,
                 _number(row["seconds"], "{:.3f}"),
                 _number(row["speedup"], "{:.2f}x"),
+                _number(row["expected_speedup"], "{:.2f}x"),
                 _number(row["tokens_per_s"], "{:.1f}"),
                 str(row["spec_length"] or "-"),
                 _number(row["acceptance_rate"], "{:.2f}"),
@@ -83,7 +89,7 @@ def _by_category(rows: Sequence[dict]) -> str:
             _number(row["speedup"], "{:.2f}x"),
         ]
         for row in ran
-        if (row["mode"], row["method"]) == (mode, best["method"])
+        if (row["mode"], row["label"]) == (mode, best["label"])
     ]
     return f"{best['label']}, {mode}:\n\n{markdown(header, body)}"
 
@@ -98,12 +104,11 @@ def insights(rows: Sequence[dict]) -> str:
 
 def _findings(rows: Sequence[dict]) -> list[str]:
     found = []
-    ok = {(row["mode"], row["method"]): row for row in overall(rows) if row["status"] == "ok"}
+    ran = [row for row in overall(rows) if row["status"] == "ok"]
+    ok = {(row["mode"], row["method"]): row for row in ran}
     for mode in _BLOCKS:
         plain = ok.get((mode, "plain"))
-        rated = [
-            row for (m, _), row in ok.items() if m == mode and row["acceptance_rate"] is not None
-        ]
+        rated = [row for row in ran if row["mode"] == mode and row["acceptance_rate"] is not None]
         if not plain or not rated:
             continue
         best = max(rated, key=lambda row: row["tokens_per_s"])
@@ -116,6 +121,10 @@ def _findings(rows: Sequence[dict]) -> list[str]:
         total = sum(spent.values())
         shares = ", ".join(f"{phase} {100 * s / total:.1f} %" for phase, s in spent.items())
         found.append(f"{mode}: where a round of it goes: {shares}.")
+        if best["model_share"]:
+            found.append(
+                f"{mode}: {100 * best['model_share']:.1f} % of its time after prefill is forwards."
+            )
         peer = ok.get((mode, "transformers-assisted"))
         if peer:
             ratio = best["tokens_per_s"] / peer["tokens_per_s"]
