@@ -229,9 +229,25 @@ def test_the_fused_forward_is_transformers_forward(model):
     assert all(torch.equal(before[name], p) for name, p in model.named_parameters())
 
 
+@pytest.mark.parametrize("model", [llama(3), qwen()], ids=["llama", "qwen"])
+def test_compiled_forwards_are_the_same(model):
+    query, start = torch.tensor([[5, 6], [7, 8]]), torch.tensor([3, 0])
+    wanted = CachedModel(model, 2, 64, fused=False).forward(query, start)
+    compiled = CachedModel(model, 2, 64, compiled=True).forward(query, start)
+    torch.testing.assert_close(compiled, wanted, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("vocab_size", [1, 61, 96, 512, 1536])
+def test_the_best_token_is_the_first_of_equals(vocab_size):
+    g = torch.Generator().manual_seed(0)
+    logits = torch.randint(4, (3, 5, vocab_size), generator=g).float()
+    best = Distribution(greedy=True).best(logits)
+    assert torch.equal(best, torch.from_numpy(logits.numpy().argmax(-1)))
+
+
 def test_the_fused_forwards_weights_are_the_models_own():
     model = qwen()
-    first, second = (FusedForward(model, 1, 32).layers[0].qkv for _ in range(2))
+    first, second = (FusedForward(model, 1, 32).layers[0][0].qkv for _ in range(2))
     attention = model.model.layers[0].self_attn
     assert first.data_ptr() == second.data_ptr() == attention.q_proj.weight.data_ptr()
     with torch.no_grad():

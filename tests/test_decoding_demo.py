@@ -1,12 +1,14 @@
 """The demo, from its options to its files, on models that any machine runs."""
 
+import argparse
+
 import pytest
 import torch
 from transformers import PreTrainedTokenizerFast
 
 import demo_with_real_llm as demo
 from src.benchmarking import environment, results
-from src.decoding import models, tables
+from src.decoding import models, options, tables
 from src.decoding.methods import Comparison, Method, Settings
 from src.decoding.prompts import Prompt
 from tests.tiny import llama, relative
@@ -72,9 +74,10 @@ def test_a_wrong_sampler_has_a_failed_row_and_no_speedup(monkeypatch):
     assert "greedy tokens are not the argmax" in row["reason"]
 
 
-def test_batches_are_of_one_category_and_the_peer_says_that_it_takes_one_prompt():
+def test_batches_mix_categories_that_do_not_fill_them_and_the_peer_takes_one_prompt():
     compared = comparison(batch_size=2)
-    assert [len(batch) for _, batch in compared.batches] == [1, 2]
+    assert [name for name, _ in compared.batches] == ["mixed", "mixed"]
+    assert [[p.question_id for p in batch] for _, batch in compared.batches] == [[1, 2], [3]]
     rows = compared.run()
     assisted = next(row for row in rows if row["method"] == "transformers-assisted")
     assert "--batch-size 1" in assisted["reason"]
@@ -92,10 +95,28 @@ def test_auto_measures_the_spec_length_and_falls_back_to_plain(monkeypatch):
     assert generated.stats.drafted == [], "nothing is drafted where nothing pays"
 
 
+def test_several_spec_lengths_run_the_fastest_sampler_at_each(monkeypatch):
+    monkeypatch.setattr("src.decoding.spec_length.choose", lambda *args: (3, 1.5))
+    rows = comparison(spec_lengths=[1, 3, "auto"]).run()
+    ran = [row for row in rows if row["status"] == "ok" and row["prompt_category"] == "all"]
+    assert [row["spec_length"] for row in ran] == [0, 1, 3, 3]
+    assert {row["method"] for row in ran[1:]} == {"cpp"} and len({r["label"] for r in ran}) == 4
+    for row in ran[1:]:
+        assert row["expected_speedup"] > 0 and 0 < row["model_share"] < 1
+    assert "K auto" in tables.tables(rows) and "S(K)" in tables.tables(rows)
+
+
+@pytest.mark.parametrize("text", ["", "0", "2-1", "1,1", "fast", "1-"])
+def test_a_bad_spec_length_is_refused(text):
+    with pytest.raises((argparse.ArgumentTypeError, ValueError)):
+        options.spec_lengths(text)
+    assert options.spec_lengths("1-3,8,auto") == (1, 2, 3, 8, "auto")
+
+
 def test_greedy_text_is_reported_equal_to_plain_decoding():
     report = comparison(batch_size=2).check_lossless()
     ran = [entry for entry in report if "skipped" not in entry]
-    assert ran and all(entry["equal"] == entry["rows"] == 3 for entry in ran)
+    assert ran and all(entry["equal"] == entry["rows"] == 2 for entry in ran)
     assert all(entry["not_argmax"] == 0 and not entry["divergences"] for entry in ran)
     assert "Equal to plain" in tables.lossless(report)
 

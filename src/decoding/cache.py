@@ -10,17 +10,19 @@ from __future__ import annotations
 
 import torch
 
+from src.decoding import graphs
 from src.decoding.forwards import FusedForward, ModelForward
 
 # SDPA's kernels want a mask whose rows are aligned.
 _CAPACITY_MULTIPLE = 32
+_PREFILL_MULTIPLE = 64
 
 
 class CachedModel:
     """A causal LM with its own cache for `batch_size` rows of up to `capacity` tokens.
 
     fused: use forwards.FusedForward where the model is one of its kind; else transformers' own.
-    compiled: run the forward under torch.compile.
+    compiled: run the forward under torch.compile, but for prefill.
     Raises ValueError for a model with layers that do not attend to all earlier tokens.
     """
 
@@ -46,23 +48,41 @@ class CachedModel:
         self.capacity = capacity
         self.vocab_size = config.vocab_size
         kind = FusedForward if fused and FusedForward.fits(model) else ModelForward
-        self.engine = self._forward = kind(model, batch_size, capacity)
         if compiled:
             # A code for each number of query tokens; past the limit it would run uncompiled.
             torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, 64)
-            self._forward = torch.compile(self._forward.__call__, dynamic=False)
+        self.engine = kind(model, batch_size, capacity, compiled=compiled)
+        self._prefills = {}
         self._groups = config.num_attention_heads // config.num_key_value_heads
         self._columns = torch.arange(capacity, device=model.device)
         self._visible = torch.zeros((), dtype=model.dtype, device=model.device)
         self._hidden = torch.full_like(self._visible, float("-inf"))
 
     @torch.no_grad()
-    def prefill(self, input_ids: torch.Tensor) -> None:
-        """Caches input_ids [B, Q] int64 at positions 0 to Q - 1; Q may be 0."""
-        if input_ids.shape[1]:
-            start = torch.zeros_like(input_ids[:, 0])
-            # Every prompt has its own length: compiling would start over for each.
-            self._run(self.engine, input_ids, start, 1)
+    def prefill(self, input_ids: torch.Tensor, *, graphed: bool = False) -> None:
+        """Caches input_ids [B, Q] int64 at positions 0 to Q - 1; Q may be 0.
+
+        graphed: by a CUDA graph, kept for each multiple of 64 tokens. What it writes behind the
+            input is behind the mask until the row's own tokens overwrite it.
+        """
+        length = input_ids.shape[1]
+        if not length:
+            return
+        if not graphed:
+            self._prefill(input_ids)
+            return
+        padded = min(-(-length // _PREFILL_MULTIPLE) * _PREFILL_MULTIPLE, self.capacity)
+        if padded not in self._prefills:
+            ids = input_ids.new_zeros(len(input_ids), padded)
+            [replay] = graphs.capture([lambda: self._prefill(ids)], lambda: None)
+            self._prefills[padded] = ids, replay
+        ids, replay = self._prefills[padded]
+        ids[:, :length] = input_ids
+        replay()
+
+    def _prefill(self, input_ids: torch.Tensor) -> None:
+        # Every prompt has its own length: compiling would start over for each.
+        self._run(input_ids, torch.zeros_like(input_ids[:, 0]), 1, eager=True)
 
     @torch.no_grad()
     def forward(self, input_ids: torch.Tensor, start: torch.Tensor, keep: int = 0) -> torch.Tensor:
@@ -72,12 +92,12 @@ class CachedModel:
             position before 0 counts as 0.
         keep: logits of the last `keep` tokens only; 0 keeps all.
         """
-        return self._run(self._forward, input_ids, start, keep)
+        return self._run(input_ids, start, keep)
 
-    def _run(self, forward, input_ids, start, keep):
+    def _run(self, input_ids, start, keep, eager=False):
         steps = self._columns[: input_ids.shape[1]]
         positions = (start[:, None] + steps).clamp(min=0)
         # An additive mask in the model's dtype: SDPA would convert a boolean one in every layer.
         seen = self._columns <= positions.repeat(1, self._groups)[:, None, :, None]
         mask = torch.where(seen, self._visible, self._hidden)
-        return forward(input_ids, positions, mask, keep)
+        return self.engine(input_ids, positions, mask, keep, eager)

@@ -1,8 +1,8 @@
 """Where draft tokens come from: a smaller model, or the text so far.
 
-A draft has prefill(tokens [B, Q]) and propose(state, spec_length, distribution), which returns
-(draft_token_ids [B, K] int64, draft_probs [B, K, V] float32 or None for a one-hot draft) without
-reading a tensor on the host.
+A draft has prefill(tokens [B, Q], graphed=False) and propose(state, spec_length, distribution),
+which returns (draft_token_ids [B, K] int64, draft_probs [B, K, V] float32 or None for a one-hot
+draft) without reading a tensor on the host.
 """
 
 from __future__ import annotations
@@ -29,8 +29,8 @@ class ModelDraft:
         self.cached = cached
         self.draw = draw
 
-    def prefill(self, tokens: torch.Tensor) -> None:
-        self.cached.prefill(tokens)
+    def prefill(self, tokens: torch.Tensor, *, graphed: bool = False) -> None:
+        self.cached.prefill(tokens, graphed=graphed)
 
     def propose(self, state, spec_length: int, distribution):
         # After a full acceptance the last draft token is not in this cache yet. Two tokens in the
@@ -67,7 +67,7 @@ class PromptLookupDraft:
         self.max_ngram = max_ngram
         self.min_ngram = min_ngram
 
-    def prefill(self, tokens: torch.Tensor) -> None:
+    def prefill(self, tokens: torch.Tensor, *, graphed: bool = False) -> None:
         pass
 
     def propose(self, state, spec_length: int, distribution):

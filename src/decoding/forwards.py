@@ -2,11 +2,13 @@
 
 Both are called with (input_ids [B, Q] int64, positions [B, Q] int64, mask [B, 1, G*Q, capacity]
 additive, keep) and return logits [B, Q or keep, V]; G is the number of query heads of a key/value
-head, whose queries are folded into the rows of one. What differs between versions of transformers
-is kept in this file.
+head, whose queries are folded into the rows of one. eager: not by what was compiled. What differs
+between versions of transformers is kept in this file.
 """
 
 from __future__ import annotations
+
+from typing import NamedTuple
 
 import torch
 from torch.nn.functional import linear, rms_norm, scaled_dot_product_attention, silu
@@ -26,28 +28,32 @@ class FusedForward:
     key and value in one product, gate and up in another, residuals added by the product's own
     accumulation, normalization in one kernel, the rotation in three, keys and values written by
     one. Weights are not copied: the model's own become views of the joined ones.
+
+    compiled: layers under torch.compile, which joins the small kernels. All layers share one code.
     """
 
-    def __init__(self, model, batch_size: int, capacity: int):
-        config = model.config
-        base = model.model
+    def __init__(self, model, batch_size: int, capacity: int, *, compiled: bool = False):
+        config, base = model.config, model.model
         self.embed, self.norm, self.head = base.embed_tokens.weight, base.norm, model.lm_head.weight
         attention = base.layers[0].self_attn
-        self.head_dim, self.scaling = attention.head_dim, attention.scaling
-        self.kv_heads, self.heads = config.num_key_value_heads, config.num_attention_heads
-        self.layers = [_Layer(layer) for layer in base.layers]
-        total = 2 * self.kv_heads
-        self.cache = self.head.new_zeros(
-            len(self.layers), batch_size, capacity, total, self.head_dim
+        self.shape = _Shape(
+            config.num_attention_heads,
+            config.num_key_value_heads,
+            attention.head_dim,
+            attention.scaling,
+            self.norm.variance_epsilon,
         )
+        size = (batch_size, capacity, 2 * self.shape.kv_heads, self.shape.head_dim)
+        self.layers = [(_weights(layer), self.head.new_zeros(size)) for layer in base.layers]
         device = self.head.device
         self.first_rows = torch.arange(batch_size, device=device)[:, None] * capacity
         every = torch.arange(capacity, device=device)[None]
         cos, sin = base.rotary_emb(self.head[:1], every)
         # (a, b) becomes (a cos - b sin, b cos + a sin): the halves swapped, the sign in the sine.
-        half = self.head_dim // 2
+        half = self.shape.head_dim // 2
         sin = torch.cat((-sin[..., :half], sin[..., half:]), -1)
         self.rotation = torch.stack((cos[0], sin[0]), 1)  # [capacity, 2, D]
+        self._compiled = torch.compile(_layer, dynamic=False) if compiled else _layer_in_place
 
     @staticmethod
     def fits(model) -> bool:
@@ -66,62 +72,92 @@ class FusedForward:
             and len({p.dtype for p in model.parameters()}) == 1
         )
 
-    def __call__(self, input_ids, positions, mask, keep):
-        batch_size, length = input_ids.shape
+    def __call__(self, input_ids, positions, mask, keep, eager=False):
+        layer = _layer_in_place if eager else self._compiled
         x = torch.nn.functional.embedding(input_ids, self.embed)
-        flat = x.view(batch_size * length, -1)
-        rows = (positions + self.first_rows).view(-1)
-        cos, sin = self.rotation[positions.view(-1)].unsqueeze(2).unbind(1)
-        for layer, cache in zip(self.layers, self.cache, strict=True):
-            heads = linear(layer.input_norm(flat), layer.qkv, layer.qkv_bias)
-            heads = heads.view(len(flat), -1, self.head_dim)
-            self._rotate(heads[:, : self.heads + self.kv_heads], cos, sin)
-            cache.flatten(0, 1).index_copy_(0, rows, heads[:, self.heads :])
-            attended = self._attend(heads[:, : self.heads], cache, mask, batch_size)
-            flat.addmm_(attended, layer.out)
-            gate, up = linear(layer.post_norm(flat), layer.gate_up).chunk(2, -1)
-            flat.addmm_(silu(gate, inplace=True).mul_(up), layer.down)
+        flat = x.flatten(0, 1)
+        rows = (positions + self.first_rows).flatten()
+        rotation = self.rotation[positions.flatten()].unsqueeze(2)
+        for weights, cache in self.layers:
+            flat = layer(flat, weights, cache, rows, rotation, mask, self.shape)
+        x = flat.view_as(x)
         x = x[:, -keep:] if keep else x
-        return linear(_norm(self.norm)(x), self.head)
-
-    def _rotate(self, heads, cos, sin) -> None:
-        half = self.head_dim // 2
-        swapped = torch.cat((heads[..., half:], heads[..., :half]), -1)
-        heads.mul_(cos).addcmul_(swapped, sin)
-
-    def _attend(self, query, cache, mask, batch_size):
-        groups, size = self.heads // self.kv_heads, self.head_dim
-        query = query.view(batch_size, -1, self.kv_heads, groups, size).permute(0, 2, 3, 1, 4)
-        key, value = cache.transpose(1, 2).chunk(2, 1)
-        folded = query.reshape(batch_size, self.kv_heads, -1, size)
-        output = scaled_dot_product_attention(
-            folded, key, value, attn_mask=mask, scale=self.scaling
-        )
-        output = output.view(batch_size, self.kv_heads, groups, -1, size).permute(0, 3, 1, 2, 4)
-        return output.reshape(-1, self.heads * size)
+        return linear(_normalized(x, self.norm.weight, self.shape), self.head)
 
 
-class _Layer:
-    """A decoder layer's weights, those of one input joined; out and down transposed."""
-
-    def __init__(self, layer):
-        attention, mlp = layer.self_attn, layer.mlp
-        inputs = (attention.q_proj, attention.k_proj, attention.v_proj)
-        self.input_norm, self.post_norm = (
-            _norm(layer.input_layernorm),
-            _norm(layer.post_attention_layernorm),
-        )
-        self.qkv = _joined([module.weight for module in inputs])
-        self.qkv_bias = None
-        if inputs[0].bias is not None:
-            self.qkv_bias = _joined([module.bias for module in inputs])
-        self.out = attention.o_proj.weight.t()
-        self.gate_up = _joined([mlp.gate_proj.weight, mlp.up_proj.weight])
-        self.down = mlp.down_proj.weight.t()
+class _Shape(NamedTuple):
+    heads: int
+    kv_heads: int
+    head_dim: int
+    scaling: float
+    epsilon: float
 
 
-def _norm(module):
-    return lambda x: rms_norm(x, module.weight.shape, module.weight, module.variance_epsilon)
+class _Weights(NamedTuple):
+    """A decoder layer's, those of one input joined; out and down transposed."""
+
+    input_norm: torch.Tensor
+    qkv: torch.Tensor
+    qkv_bias: torch.Tensor | None
+    out: torch.Tensor
+    post_norm: torch.Tensor
+    gate_up: torch.Tensor
+    down: torch.Tensor
+
+
+def _weights(layer) -> _Weights:
+    attention, mlp = layer.self_attn, layer.mlp
+    inputs = (attention.q_proj, attention.k_proj, attention.v_proj)
+    has_bias = inputs[0].bias is not None
+    return _Weights(
+        layer.input_layernorm.weight,
+        _joined([module.weight for module in inputs]),
+        _joined([module.bias for module in inputs]) if has_bias else None,
+        attention.o_proj.weight.t(),
+        layer.post_attention_layernorm.weight,
+        _joined([mlp.gate_proj.weight, mlp.up_proj.weight]),
+        mlp.down_proj.weight.t(),
+    )
+
+
+def _layer_in_place(x, weights, cache, rows, rotation, mask, shape):
+    """x [B*Q, hidden] through a layer, into x."""
+    x.addmm_(_attended(x, weights, cache, rows, rotation, mask, shape), weights.out)
+    return x.addmm_(_gated(x, weights, shape), weights.down)
+
+
+def _layer(x, weights, cache, rows, rotation, mask, shape):
+    """The same for a compiler, which joins an addition that is its own to the normalization."""
+    x = x + _attended(x, weights, cache, rows, rotation, mask, shape) @ weights.out
+    return x + _gated(x, weights, shape) @ weights.down
+
+
+def _gated(x, weights, shape):
+    gate, up = linear(_normalized(x, weights.post_norm, shape), weights.gate_up).chunk(2, -1)
+    return silu(gate) * up
+
+
+def _attended(x, weights, cache, rows, rotation, mask, shape):
+    joined = linear(_normalized(x, weights.input_norm, shape), weights.qkv, weights.qkv_bias)
+    heads = joined.view(len(x), -1, shape.head_dim)
+    rotated = heads[:, : shape.heads + shape.kv_heads]
+    half, (cos, sin) = shape.head_dim // 2, rotation.unbind(1)
+    swapped = torch.cat((rotated[..., half:], rotated[..., :half]), -1)
+    rotated.mul_(cos).addcmul_(swapped, sin)
+    cache.flatten(0, 1).index_copy_(0, rows, heads[:, shape.heads :])
+
+    # The query heads of a key/value head are folded into its query rows.
+    batch_size, groups = len(cache), shape.heads // shape.kv_heads
+    query = heads[:, : shape.heads].view(batch_size, -1, shape.kv_heads, groups, shape.head_dim)
+    folded = query.permute(0, 2, 3, 1, 4).reshape(batch_size, shape.kv_heads, -1, shape.head_dim)
+    key, value = cache.transpose(1, 2).chunk(2, 1)
+    output = scaled_dot_product_attention(folded, key, value, attn_mask=mask, scale=shape.scaling)
+    output = output.view(batch_size, shape.kv_heads, groups, -1, shape.head_dim)
+    return output.permute(0, 3, 1, 2, 4).reshape(len(x), -1)
+
+
+def _normalized(x, weight, shape):
+    return rms_norm(x, weight.shape, weight, shape.epsilon)
 
 
 def _joined(parameters):
@@ -144,19 +180,23 @@ def _joined(parameters):
 class ModelForward:
     """transformers' own forward, for any model whose layers all attend to all earlier tokens."""
 
-    def __init__(self, model, batch_size: int, capacity: int):
+    def __init__(self, model, batch_size: int, capacity: int, *, compiled: bool = False):
         self.model = model
+        self._compiled = model.forward
+        if compiled:
+            self._compiled = torch.compile(model.forward, dynamic=False)
         self._slots = _Slots()
         count = model.config.get_text_config().num_hidden_layers
         self._cache = Cache(layers=[_SlotLayer(capacity, self._slots) for _ in range(count)])
 
-    def __call__(self, input_ids, positions, mask, keep):
+    def __call__(self, input_ids, positions, mask, keep, eager=False):
+        forward = self.model.forward if eager else self._compiled
         self._slots.positions = positions
         config = self.model.config
         previous = config._attn_implementation
         config._attn_implementation = _ATTENTION
         try:
-            return self.model.forward(
+            return forward(
                 input_ids=input_ids,
                 attention_mask=mask,
                 position_ids=positions,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -457,10 +458,14 @@ class Comparison:
 
 
 def _batches(prompts: Sequence[Prompt], size: int) -> list[tuple[str, tuple[Prompt, ...]]]:
-    """(category, prompts) of at most `size` prompts of one category each."""
+    """(category, prompts) of at most `size` prompts of one category each; where a category does
+    not fill a batch, batches are "mixed" instead, in turns from all categories."""
     by_category = {}
     for prompt in prompts:
         by_category.setdefault(prompt.category, []).append(prompt)
+    if size > min(map(len, by_category.values())):
+        turns = itertools.zip_longest(*by_category.values())
+        by_category = {"mixed": [prompt for turn in turns for prompt in turn if prompt]}
     return [
         (category, tuple(members[i : i + size]))
         for category, members in by_category.items()

@@ -8,6 +8,7 @@ token is its index in its row's text, prompt included.
 from __future__ import annotations
 
 import itertools
+import math
 import time
 from collections import deque
 from collections.abc import Callable, Sequence
@@ -21,6 +22,7 @@ from src.decoding.cache import CachedModel
 
 PHASES = ("draft", "verify", "sample")
 MODES = ("eager", "graphed")
+_ARGMAX_PARTS = 256
 
 
 class Distribution:
@@ -43,8 +45,15 @@ class Distribution:
         return torch.softmax(self._processed(logits).float(), -1)
 
     def best(self, logits: torch.Tensor) -> torch.Tensor:
-        """[B, Q] int64: the most probable tokens."""
-        return self._processed(logits).argmax(-1)
+        """[B, Q] int64: the most probable tokens, the first of equals."""
+        scores = self._processed(logits)
+        # An argmax is one block's work a row; a large vocabulary is cut into parts for many.
+        parts = math.gcd(scores.shape[-1], _ARGMAX_PARTS)
+        if parts == 1:
+            return scores.argmax(-1)
+        largest, at = scores.unflatten(-1, (parts, -1)).max(-1)
+        part = largest.argmax(-1, keepdim=True)
+        return (at.gather(-1, part) + part * (scores.shape[-1] // parts)).squeeze(-1)
 
     def _processed(self, logits: torch.Tensor) -> torch.Tensor:
         if self.processor is None:
@@ -300,9 +309,10 @@ class Decoder:
         clock.mark("prefill")
         # All but the newest token of the longest prompt: the first round takes the newest ones.
         before = self._state.tokens[:, : longest - 1]
-        self.target.prefill(before)
+        graphed = self.mode == "graphed"
+        self.target.prefill(before, graphed=graphed)
         if self.draft is not None:
-            self.draft.prefill(before)
+            self.draft.prefill(before, graphed=graphed)
         clock.mark("rounds")
         sent = [len(prompt) for prompt in prompts]
         # A second round may be in flight unread where the first cannot be the last but by EOS.

@@ -318,6 +318,7 @@ __global__ void __launch_bounds__(kMaxWarps* kWarp, 1)
     if (!block && threadIdx.x == blockDim.x - 1) expect_sums(sums, tiles);
     cluster_start();
   }
+  wait_for_launch_before();
   summarize_request<T>(a, b, stats, thresholds, table);
   const LogitsRequest<T, TableSummaries> request(a, b, {table, a.base.spec_length});
   if (step != Step::kSum && a.logsumexp && place.rank == 0 && threadIdx.x == 0) {
@@ -381,6 +382,7 @@ __global__ void __launch_bounds__(kMaxWarps* kWarp, kResidentBlocks)
                     pending);  // then TileStats [2][tiles], both of a cluster's first block
 
   allow_next_launch();
+  wait_for_launch_before();
   const int lane = threadIdx.x % kWarp, warp = threadIdx.x / kWarp, warps = blockDim.x / kWarp;
   const auto [cluster, rank] = place_of<Step::kInCluster>(blocks_per_row);
   const int64_t k = cluster / a.base.batch_size, b = cluster % a.base.batch_size;
@@ -510,6 +512,7 @@ __global__ void __launch_bounds__(kMaxWarps* kWarp, kResidentBlocks)
     expect_bytes(pending, num_tiles(a.base.vocab_size) * static_cast<int>(sizeof(TileStats)));
   }
   cluster_start();
+  wait_for_launch_before();
   const int lane = threadIdx.x % kWarp, warp = threadIdx.x / kWarp, warps = blockDim.x / kWarp;
   const auto [b, rank] = place_of<Step::kInCluster>(blocks_per_row);
   const int vocab_size = static_cast<int>(a.base.vocab_size), tiles = num_tiles(vocab_size);
@@ -686,8 +689,8 @@ struct LaunchLogits {
                                    blocks, early_exit, findings);
       }
       if (error != cudaSuccess) return error;
-      return launch_in_clusters<true>(draw_kernel<T>, config, n, exchange_bytes(a.base.vocab_size),
-                                      a, n, findings);
+      return launch_in_clusters(draw_kernel<T>, config, n, exchange_bytes(a.base.vocab_size), a, n,
+                                findings);
     }
 
     cudaLaunchConfig_t pass = configure(rows * ((tiles + warps - 1) / warps), threads, stream);

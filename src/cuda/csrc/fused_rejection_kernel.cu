@@ -73,6 +73,7 @@ __global__ void __launch_bounds__(kMaxFusedWarps* kWarp, 1)
     if (threadIdx.x == blockDim.x - 1) expect_sums(sums, tiles);
     cluster_start();
   }
+  wait_for_launch_before();
   sample_request<step>(ProbsRequest<T>(a, place.b), place.rank, blocks_per_row, sums);
 }
 
@@ -82,6 +83,7 @@ __global__ void __launch_bounds__(kMaxWarps* kWarp, 1)
     block_kernel(const Params a, int blocks_per_row, float* workspace) {
   FR_DYNAMIC_SHARED(double, shared);  // reach [K + 1], then, in a cluster, tile sums [2][tiles]
   if (step == Step::kInCluster) cluster_start();
+  wait_for_launch_before();
   const Place place = place_of<step>(blocks_per_row);
   const ProbsRequest<T> request(a, place.b);
   float* sums = step == Step::kInCluster ? reinterpret_cast<float*>(shared + a.spec_length + 1)
@@ -124,6 +126,9 @@ struct LaunchFused {
       return cudaLaunchKernelEx(&config, block_kernel<T, Step::kSelect>, a, 1, workspace);
     }
     if (is_alone(n, a.vocab_size)) {
+      cudaLaunchAttribute attribute = overlapping();
+      config.attrs = &attribute;
+      config.numAttrs = plan.exchange == Exchange::kCluster ? 1 : 0;
       config.dynamicSmemBytes = static_cast<size_t>(exchange_bytes(a.vocab_size));
       return cudaLaunchKernelEx(&config, fused_kernel<T, Step::kAlone>, a, n, workspace);
     }

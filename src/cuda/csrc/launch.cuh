@@ -196,8 +196,17 @@ cudaLaunchConfig_t configure(int64_t blocks, int threads, cudaStream_t stream) {
   return config;
 }
 
-// `overlapping`: the launch before it allows this one to start early (allow_next_launch).
-template <bool overlapping = false, typename... Parameters, typename... Args>
+// On cards with clusters: the launch may start while the one before it in the stream ends, or from
+// where that one allows it (allow_next_launch). The kernel touches no memory before
+// wait_for_launch_before(). What starting a launch costs is then partly hidden.
+cudaLaunchAttribute overlapping() {
+  cudaLaunchAttribute attribute = {};
+  attribute.id = cudaLaunchAttributeProgrammaticStreamSerialization;
+  attribute.val.programmaticStreamSerializationAllowed = 1;
+  return attribute;
+}
+
+template <typename... Parameters, typename... Args>
 cudaError_t launch_in_clusters(void (*kernel)(Parameters...), cudaLaunchConfig_t config,
                                int cluster_size, int64_t shared_bytes, const Args&... args) {
   if (shared_bytes > kDefaultSharedBytes) {
@@ -205,12 +214,10 @@ cudaError_t launch_in_clusters(void (*kernel)(Parameters...), cudaLaunchConfig_t
         kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(kMaxSharedBytes));
     if (error != cudaSuccess) return error;
   }
-  cudaLaunchAttribute attributes[2] = {cluster_of(cluster_size), {}};
-  attributes[1].id = cudaLaunchAttributeProgrammaticStreamSerialization;
-  attributes[1].val.programmaticStreamSerializationAllowed = 1;
+  cudaLaunchAttribute attributes[2] = {cluster_of(cluster_size), overlapping()};
   config.dynamicSmemBytes = static_cast<size_t>(shared_bytes);
   config.attrs = attributes;
-  config.numAttrs = overlapping ? 2 : 1;
+  config.numAttrs = 2;
   return cudaLaunchKernelEx(&config, kernel, Parameters(args)...);
 }
 
