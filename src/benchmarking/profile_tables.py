@@ -23,6 +23,13 @@ def profile_table(result: dict) -> str:
     return "\n\n".join(parts)
 
 
+def profile_brief(result: dict) -> str:
+    """Time, bytes, bandwidth and floor of every row, and which is the fastest."""
+    said = [line for line in words(result) if line.startswith("Batch ")]
+    figures = _figures(result["rows"], result["environment"].get("copy_gb_s"))
+    return "\n".join([figures, *bullets(said)])
+
+
 def _figures(rows: list[dict], copy: float | None) -> str:
     headers = ["Method", "Batch Size", "Latency (us)", "Host (us)", "GPU (us)", "Floor (us)"]
     headers += ["over floor", "Bytes", "GB/s", "of copy"]

@@ -20,7 +20,7 @@ from src.benchmarking.losslessness_tables import (
     soak_table,
     soak_words,
 )
-from src.benchmarking.profile_tables import profile_table
+from src.benchmarking.profile_tables import profile_brief, profile_table
 from src.benchmarking.profile_tables import words as words_of_profile
 from src.benchmarking.tables import (
     batch_table,
@@ -28,9 +28,17 @@ from src.benchmarking.tables import (
     conditions,
     method_table,
     notes,
+    vocab_brief,
     vocab_table,
 )
-from src.benchmarking.target_tables import kernel_table, kernel_words, logits_table, logits_words
+from src.benchmarking.target_tables import (
+    kernel_brief,
+    kernel_table,
+    kernel_words,
+    logits_brief,
+    logits_table,
+    logits_words,
+)
 from src.decoding import tables as decoding_tables
 
 MARKERS = re.compile(r"(<!-- table:([a-z0-9_]+) -->\n).*?(<!-- /table -->)", re.DOTALL)
@@ -75,6 +83,16 @@ _WORDS: dict[str, Callable[[dict], list[str]]] = {
 }
 
 
+# What the README shows of a result whose table is long.
+_BRIEF: dict[str, Callable[[dict], str]] = {
+    "compare_vocab_sizes": vocab_brief,
+    "kernel": kernel_brief,
+    "from_logits": logits_brief,
+    "profile_rejection_sampling": profile_brief,
+    "demo_with_real_llm": lambda result: decoding_tables.modes(result["rows"]),
+}
+
+
 def words(result: dict) -> list[str]:
     """What a result's numbers come to in sentences, for the scripts that say so."""
     return _WORDS.get(result["script"], lambda result: [])(result)
@@ -99,9 +117,16 @@ def _recorded_tables(script: str, recorded: Path) -> str:
     blocks = []
     for path in paths:
         result = results.load(path)
-        lines = [f"{conditions(result)}:", "", table(result), *bullets(notes(result["rows"]))]
+        short = _BRIEF.get(script, table)(result)
+        lines = [f"{conditions(result)}:", "", short]
         if path.stem != script:
             lines[0] = f"`{result['environment']['command']}`, {lines[0]}"
+        full = path.with_suffix(".md").relative_to(recorded.parent).as_posix()
+        said = len(notes(result["rows"]))
+        lines += [
+            "",
+            f"[Every figure]({full})" + (f", with {said} notes on rows." if said else "."),
+        ]
         plot = path.with_suffix(".png")
         if plot.exists() and environment.is_recorded(plot):
             address = plot.relative_to(recorded.parent).as_posix()

@@ -50,11 +50,15 @@ def batch_table(result: dict) -> str:
 
 def vocab_table(result: dict) -> str:
     """A line a configuration or vocabulary, then bytes and bandwidth fraction of every row."""
+    return f"{vocab_brief(result)}\n\n{bytes_table(result)}"
+
+
+def vocab_brief(result: dict) -> str:
+    """A line a configuration or vocabulary."""
     headers = ["Configuration", "Batch Size", "Vocab Size"]
-    shape = _pivot(
+    return _pivot(
         result, headers, lambda row: (row["workload"], row["batch_size"], row["vocab_size"])
     )
-    return f"{shape}\n\n{bytes_table(result)}"
 
 
 def bytes_table(result: dict) -> str:

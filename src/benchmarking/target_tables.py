@@ -8,6 +8,7 @@ from src.benchmarking.tables import bandwidth_fraction, bullets, markdown, verdi
 
 # The host's share of a call: at most this, or so many times a torch.add of one element.
 HOST_US, HOST_ADDS = 12.0, 3.0
+_MISSED = "Missed"
 _MET = {True: "met", False: "missed", None: "-"}
 _CELL = ("workload", "batch_size", "spec_length", "vocab_size", "dtype", "acceptance")
 KERNELS = ("cuda", "cpp")
@@ -42,6 +43,29 @@ def kernel_table(result: dict) -> str:
         )
     words = bullets(kernel_words(result))
     return "\n".join([_clock_line(result), "", markdown(body, headers), *words])
+
+
+def kernel_brief(result: dict) -> str:
+    """The cells of the plain sweep in its first dtype, without what stands still in them."""
+    rows = result["rows"]
+    plain = [row for row in rows if not row["workload"] and row["dtype"] == rows[0]["dtype"]]
+    headers = ["Batch Size", "Vocab Size", "Time (us)", "Floor (us)", "Target (us)", "Target"]
+    headers += ["Host (us)", "over vectorized", "over the fastest peer"]
+    body = []
+    for by_name in cells(plain).values():
+        mine = next((row for row in by_name.values() if row["sampler"] in KERNELS), None)
+        if mine is None:
+            continue
+        clock = "gpu_us" if mine["gpu_us"] else "latency_us"
+        peer = fastest_peer(by_name, clock)
+        body.append(
+            [mine["batch_size"], mine["vocab_size"], _time(mine, clock), _us(mine["floor_us"])]
+            + [_us(mine["target_us"]), _MET[mine["target_met"]], _us(_median(mine, "host_us"))]
+            + [verdict(mine, by_name.get("vectorized"), clock)]
+            + [verdict(mine, peer, clock) if peer else "-"]
+        )
+    said = [line for line in kernel_words(result) if not line.startswith(_MISSED)]
+    return "\n".join([_clock_line(result), "", markdown(body, headers), *bullets(said)])
 
 
 def kernel_words(result: dict) -> list[str]:
@@ -97,6 +121,28 @@ def logits_table(result: dict) -> str:
     return "\n".join([_clock_line(result), "", markdown(body, headers), *words])
 
 
+def logits_brief(result: dict) -> str:
+    """The kernel's rows, a line a cell, with and without a kept logsumexp side by side."""
+    headers = ["Configuration", "Batch Size", "dtype", "Time (us)", "Target (us)", "of copy"]
+    headers += ["over softmax first", "no logsumexp: Time (us)", "Target (us)"]
+    body = []
+    for rows in cells(result["rows"]).values():
+        mine = next((rows[name] for name in KERNELS if name in rows), None)
+        if mine is None:
+            continue
+        clock = "gpu_us" if mine["gpu_us"] else "latency_us"
+        fraction = bandwidth_fraction(mine, result["environment"].get("copy_gb_s"))
+        over, without = mine["over_softmax"], rows.get(f"{mine['sampler']}-no-logsumexp")
+        body.append(
+            [mine["workload"], mine["batch_size"], mine["dtype"], _time(mine, clock)]
+            + [_us(mine["target_us"]), "-" if fraction is None else f"{100 * fraction:.0f} %"]
+            + ["-" if over is None else f"{over:.2f}x"]
+            + ([_time(without, clock), _us(without["target_us"])] if without else ["-", "-"])
+        )
+    said = [line for line in logits_words(result) if not line.startswith(_MISSED)]
+    return "\n".join([_clock_line(result), "", markdown(body, headers), *bullets(said)])
+
+
 def logits_words(result: dict) -> list[str]:
     return _targets_in_words(result["rows"])
 
@@ -110,7 +156,7 @@ def _targets_in_words(rows: list[dict]) -> list[str]:
         if not row["target_met"]:
             us = row["gpu_us"]["median"]
             said.append(
-                f"Missed, {row['label']}, {cell_text(row)}: {us:.1f} us, target "
+                f"{_MISSED}, {row['label']}, {cell_text(row)}: {us:.1f} us, target "
                 f"{row['target_us']:.1f} us"
             )
     return said

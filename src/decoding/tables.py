@@ -12,18 +12,23 @@ _BLOCKS = {
 
 def tables(rows: Sequence[dict]) -> str:
     """A Markdown block for each mode, then acceptance and spec length by category."""
+    by_category = _by_category(rows)
+    return modes(rows) + (f"\n\n### By category\n\n{by_category}" if by_category else "")
+
+
+def modes(rows: Sequence[dict]) -> str:
+    """A Markdown block for each mode."""
     blocks = []
     for mode, title in _BLOCKS.items():
         of_mode = [row for row in overall(rows) if row["mode"] == mode]
         if of_mode:
             blocks.append(f"### {title}\n\n{_block(of_mode)}")
-    by_category = _by_category(rows)
     if any(row["expected_speedup"] for row in rows):
         blocks.append(
             "Times are of one generation, prefill included; draft, verify and sample of one round. "
             "S(K): the speedup\nif a round cost nothing but its forwards."
         )
-    return "\n\n".join(blocks + ([f"### By category\n\n{by_category}"] if by_category else []))
+    return "\n\n".join(blocks)
 
 
 def overall(rows: Sequence[dict]) -> list[dict]:
