@@ -11,33 +11,31 @@ from tests.test_from_logits import PARAMETERS, parameters
 pytestmark = pytest.mark.skipif(
     emulation.compiler() is None, reason="the emulation wants Linux and a C++ compiler"
 )
-LAUNCHES = [("cluster", 1), ("cluster", 4), ("workspace", 1), ("workspace", 3)]
-CLUSTERS = (1, 2, 4)
+# kernel, blocks, early exit
+LAUNCHES = [("cluster", 1, False), ("cluster", 4, True), ("workspace", 1, False)]
+LAUNCHES += [("workspace", 3, False)]
+CLUSTERS = [("cluster", n, early_exit) for n in (1, 2, 4) for early_exit in (False, True)]
 
 
-def check(case, **options):
+def check(case, launches=LAUNCHES, **options):
     expected = from_logits.get("cpp").load().rejection_sample_from_logits(**case, **options)
-    for schedule, (kernel, blocks) in enumerate(LAUNCHES):
-        output, _ = emulation.from_logits(kernel, blocks, schedule)(**case, **options)
+    for schedule, (kernel, blocks, early_exit) in enumerate(launches):
+        launch = emulation.from_logits(kernel, blocks, schedule, early_exit)
+        output, _ = launch(**case, **options)
         for ours, cpp in zip(output, expected, strict=True):
-            assert torch.equal(ours, cpp), (kernel, blocks)
+            assert torch.equal(ours, cpp), (kernel, blocks, early_exit)
 
 
 def check_positions(case, **options):
     """A cluster a position, with and without early exit."""
-    expected = from_logits.get("cpp").load().rejection_sample_from_logits(**case, **options)
-    for blocks in CLUSTERS:
-        for early_exit in (1, 2):
-            launch = emulation.from_logits("cluster", blocks, 10 * blocks + early_exit, early_exit)
-            output, _ = launch(**case, **options)
-            for ours, cpp in zip(output, expected, strict=True):
-                assert torch.equal(ours, cpp), (blocks, early_exit)
+    check(case, CLUSTERS, **options)
 
 
 def check_positions_of_every_draft(case, **options):
     """Draft logits, the same with their sums, probabilities, and one-hot drafts."""
     check_positions(case, **options)
-    scale = options["temperature"].clamp(min=0.01)[:, None, None] if options else 1.0
+    temperature = options.get("temperature", torch.ones(1))
+    scale = temperature.clamp(min=0.01)[:, None, None]
     scaled = case["draft_logits"].double() / scale
     check_positions({**case, "draft_logsumexp": scaled.logsumexp(-1)}, **options)
     without = {**case, "draft_logits": None}
@@ -69,7 +67,7 @@ def test_every_dtype_ragged_given_probabilities_and_given_sums(dtype):
 
 
 @pytest.mark.parametrize("vocab_size", [2, 1000, 2504])
-@pytest.mark.parametrize("which", ["plain", "temperatures", "greedy rows among sampled"])
+@pytest.mark.parametrize("which", PARAMETERS)
 def test_positions_emit_the_cpp_kernels_tokens_bit_for_bit(which, vocab_size):
     check_positions_of_every_draft(make_logits_case(4, 4, vocab_size), **parameters(which))
 
@@ -130,7 +128,7 @@ def test_sampling_gives_the_cpp_kernels_tokens_and_logsumexp(which):
         from_logits.get("cpp").load().sample_from_logits(logits[:, 0], uniforms=uniforms, **options)
     )
     no_drafts = torch.empty((4, 0), dtype=torch.int64)
-    for kernel, blocks in LAUNCHES:
+    for kernel, blocks, _ in LAUNCHES:
         output, ours = emulation.from_logits(kernel, blocks)(
             no_drafts, logits, uniforms=uniforms[:, None], **options
         )

@@ -177,9 +177,8 @@ class _LogitsParams(ctypes.Structure):
     ]
 
 
-def from_logits(kernel: str, blocks_per_row: int = 1, schedule: int = 0, by_positions: int = 0):
-    """rejection_sample_from_logits and, beside it, the last row's logsumexp. `by_positions`:
-    1 positions_kernel and draw_kernel, 2 the same with early exit."""
+def from_logits(kernel: str, blocks: int = 1, schedule: int = 0, early_exit: bool = False):
+    """rejection_sample_from_logits and, beside it, the last row's logsumexp."""
 
     def rejection_sample_from_logits(
         draft_token_ids,
@@ -210,7 +209,7 @@ def from_logits(kernel: str, blocks_per_row: int = 1, schedule: int = 0, by_posi
             logsumexp=logsumexp.data_ptr(),
             **own,
         )
-        launch = (kernel, blocks_per_row, by_positions, schedule)
+        launch = (kernel, blocks, int(early_exit), schedule)
         _run("emulate_from_logits", launch, params)
         return SamplerOutput(token_ids, num_accepted), logsumexp
 

@@ -79,10 +79,8 @@ extern "C" int emulate_tile_sums(const float* p, const float* q, int64_t vocab_s
   const auto sum = [&] {
     for (int64_t tile = 0; tile < tiles; ++tile) {
       const int lane = static_cast<int>(threadIdx.x);
-      Share<float, float> w;
-      load_weights(row, static_cast<int>(tile), vocab_size,
-                   by_vectors(row.p, row.q, static_cast<int>(vocab_size)), lane, w);
-      by_warp[tile] = warp_sum(w);
+      by_warp[tile] = warp_weigh_tile(row, static_cast<int>(tile), static_cast<int>(vocab_size),
+                                      lane, nullptr);
     }
   };
   try {
@@ -97,27 +95,26 @@ namespace fused_rejection {
 namespace {
 
 template <typename T>
-void run_logits(const LogitsParams& a, int kernel, int n, int by_positions, unsigned seed) {
-  const int64_t rows = num_target_rows(a.base) + num_draft_rows(a), batch_size = a.base.batch_size;
+void run_logits(const LogitsParams& a, int kernel, int n, bool early_exit, unsigned seed) {
+  const int64_t targets = num_target_rows(a.base), rows = targets + num_draft_rows(a);
+  const int64_t batch_size = a.base.batch_size;
   const int tiles = num_tiles(a.base.vocab_size), warps = std::clamp(tiles, 2, kMaxWarps);
   const int threads = warps * kWarp;
-  if (kernel == 1 && a.base.spec_length == 0 && !a.filters()) {  // as launch_from_logits chooses
-    const auto body = [&] { sample_kernel<T>(a, n); };
-    emulation::launch(static_cast<int>(batch_size) * n, threads, n, 2 + 2 * tiles, body, seed);
-    return;
-  }
-  if (by_positions > 0) {
-    const int64_t targets = num_target_rows(a.base);
-    std::vector<LogitsRow<T>> drawn_from(targets);
-    std::vector<TileStats> stats(targets * tiles, TileStats{NAN, NAN});
-    std::vector<uint8_t> verdicts(targets, by_positions > 1 ? kGoesOn : 0xFF);
-    const Findings<T> findings{drawn_from.data(), stats.data(), verdicts.data()};
-    const auto decide = [&] { positions_kernel<T>(a, n, by_positions > 1, findings); };
-    const size_t shared = 2 + 4 * tiles;
+  const bool block = a.base.block_verification;
+  if (kernel == 1 && !block) {  // as launch_from_logits chooses
+    std::vector<int32_t> tokens(targets, -77);
+    std::vector<uint8_t> verdicts(targets, early_exit ? kGoesOn : 0xFF);
+    Findings findings = {};
+    if (a.base.spec_length > 0) findings = {tokens.data(), verdicts.data()};
+    const auto decide = [&] {
+      a.filters() ? positions_kernel<T, true>(a, n, early_exit, findings)
+                  : positions_kernel<T, false>(a, n, early_exit, findings);
+    };
+    const size_t shared = PositionShared::bytes(tiles, a.filters()) / sizeof(float);
     emulation::launch(static_cast<int>(targets) * n, threads, n, shared, decide, seed);
-    const auto draw = [&] { draw_kernel<T>(a, n, findings); };
-    const int blocks = static_cast<int>(batch_size) * n;
-    emulation::launch(blocks, threads, n, exchange_floats(tiles), draw, seed);
+    if (a.base.spec_length == 0) return;
+    const int blocks = static_cast<int>(batch_size + 1) / 2;
+    emulation::launch(blocks, 2 * kWarp, 1, 0, [&] { finish_kernel(a, findings); }, seed);
     return;
   }
   std::vector<TileStats> stats(rows * tiles, TileStats{NAN, NAN});
@@ -128,19 +125,18 @@ void run_logits(const LogitsParams& a, int kernel, int n, int by_positions, unsi
   emulation::launch(pass_blocks, threads, 1, 0, pass, seed);
   if (a.filters()) {
     const auto search = [&] { threshold_kernel<T>(a, stats.data(), thresholds.data()); };
-    emulation::launch(static_cast<int>(rows), threads, 1, 0, search, seed);
+    emulation::launch(static_cast<int>(rows), threads, 1, sizeof(Search) / sizeof(float), search,
+                      seed);
     found = thresholds.data();
     emulation::launch(pass_blocks, threads, 1, 0, pass, seed);
   }
   const int blocks = static_cast<int>(batch_size) * n;
-  const bool block = a.base.block_verification;
   size_t table = (2 * a.base.spec_length + 1) * sizeof(RowSummary) / sizeof(float);
   if (block) table += (a.base.spec_length + 1) * sizeof(double) / sizeof(float);
   const TileStats* known = stats.data();
   if (kernel == 1) {
     const auto body = [&] {
-      block ? logits_kernel<T, Step::kInCluster, true>(a, n, known, found, nullptr)
-            : logits_kernel<T, Step::kInCluster, false>(a, n, known, found, nullptr);
+      logits_kernel<T, Step::kInCluster, true>(a, n, known, found, nullptr);
     };
     emulation::launch(blocks, threads, n, exchange_floats(tiles) + table, body, seed);
     return;
@@ -157,20 +153,20 @@ void run_logits(const LogitsParams& a, int kernel, int n, int by_positions, unsi
 }  // namespace
 }  // namespace fused_rejection
 
-// `by_positions`: 1 positions_kernel and draw_kernel, 2 the same with early exit.
+// `early_exit`: of positions_kernel.
 extern "C" int emulate_from_logits(const fused_rejection::LogitsParams* params, int kernel,
-                                   int blocks_per_row, int by_positions, unsigned seed) {
+                                   int blocks, int early_exit, unsigned seed) {
   using namespace fused_rejection;
   try {
     switch (params->base.dtype) {
       case Dtype::kFloat32:
-        run_logits<float>(*params, kernel, blocks_per_row, by_positions, seed);
+        run_logits<float>(*params, kernel, blocks, early_exit != 0, seed);
         break;
       case Dtype::kBFloat16:
-        run_logits<BFloat16>(*params, kernel, blocks_per_row, by_positions, seed);
+        run_logits<BFloat16>(*params, kernel, blocks, early_exit != 0, seed);
         break;
       case Dtype::kFloat16:
-        run_logits<Float16>(*params, kernel, blocks_per_row, by_positions, seed);
+        run_logits<Float16>(*params, kernel, blocks, early_exit != 0, seed);
         break;
     }
   } catch (const std::exception&) {

@@ -227,6 +227,11 @@ template <typename T>
 void atomicMax(T* address, T value) {
   *address = std::max(*address, value);
 }
+inline int __reduce_max_sync(unsigned, int value) {
+  for (int d = 1; d < 32; d *= 2) value = std::max(value, __shfl_xor_sync(0, value, d));
+  return value;
+}
+inline int __popc(unsigned bits) { return __builtin_popcount(bits); }
 inline int __ffs(unsigned bits) { return __builtin_ffs(static_cast<int>(bits)); }
 inline int __clz(unsigned bits) { return bits ? __builtin_clz(bits) : 32; }
 inline float __uint_as_float(uint32_t bits) {
@@ -263,9 +268,11 @@ inline void cluster_wait() {
   emulation::Cluster& cluster = *emulation::block().cluster;
   while (cluster.generation == emulation::fiber().cluster_generation) emulation::yield();
 }
-inline void store_to_block(float* shared, int rank, float value) {
+template <typename V>
+void store_to_block(V* shared, int rank, V value) {
   auto& all = emulation::block().cluster->shared;
-  all[rank].at(shared - all[emulation::block().rank].data()) = value;
+  const auto offset = reinterpret_cast<float*>(shared) - all[emulation::block().rank].data();
+  std::memcpy(&all[rank].at(offset), &value, sizeof value);
 }
 
 // A value counts only once it is stored, which happens in the order that threads are given turns.

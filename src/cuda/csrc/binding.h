@@ -247,7 +247,7 @@ int draw(Row row, int vocab_size, float u) {
     if constexpr (requires { row.tile_mass(0); }) {
       if (row.from_stats()) {
         const auto mass = [&](int tile) { return row.tile_mass(tile); };
-        token = draw_from_tiles(row.beside_largest(), vocab_size, mass, u);
+        token = draw_from_tiles(row, vocab_size, mass, u);
         return token < 0 ? 0 : token;
       }
     }

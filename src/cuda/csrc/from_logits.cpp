@@ -59,13 +59,16 @@ TileStats tile_stats(const T* x, int tile, int vocab_size, float scale, float th
     largest = std::max(largest, w[m]);
   }
   if (!(largest > kNegativeInfinity)) return {largest, 0.0f};
-  for (int m = 0; m < count; ++m) w[m] = exp2_portable((w[m] - largest) * scale);
+  for (int m = 0; m < count; ++m) w[m] = exp2_portable(octaves_beside(w[m], largest, scale));
   std::fill(w + count, w + kTile, 0.0f);
   return {largest, tile_sum([&](int m) { return w[m]; })};
 }
 
+// `sum`: of the row's tiles' weights. The same wherever it is searched for: a mass is an integer, and
+// the share of top-p is of `sum`, or after top-k of the masses that it left.
 template <typename T>
-float find_threshold(const LogitsParams& a, int64_t b, const T* x, float largest, float scale) {
+float find_threshold(const LogitsParams& a, int64_t b, const T* x, float largest, float scale,
+                     double sum) {
   const int vocab_size = static_cast<int>(a.base.vocab_size);
   if (!a.filters() || !(largest > kNegativeInfinity)) return kNegativeInfinity;
   std::vector<float> kept;  // in descending order
@@ -78,18 +81,24 @@ float find_threshold(const LogitsParams& a, int64_t b, const T* x, float largest
     while (kept.back() < threshold) kept.pop_back();
   };
   const int64_t top_k = a.top_k ? a.top_k[b] : 0;
-  if (top_k > 0 && top_k < vocab_size && top_k <= static_cast<int64_t>(kept.size())) {
-    keep_from(kept[top_k - 1]);
-  }
+  const bool by_rank =
+      top_k > 0 && top_k < vocab_size && top_k <= static_cast<int64_t>(kept.size());
+  if (by_rank) keep_from(kept[top_k - 1]);
   const float top_p = a.top_p ? a.top_p[b] : 1.0f;
   if (top_p < 1.0f) {
     const float unit = mass_unit(vocab_size);
-    uint64_t total = 0, sum = 0;
-    for (const float logit : kept) total += mass_of(logit, largest, scale, unit);
+    const auto mass = [&](float logit) { return mass_of(logit, largest, scale, unit); };
+    double total = sum * unit;
+    if (by_rank) {
+      uint64_t masses = 0;
+      for (const float logit : kept) masses += mass(logit);
+      total = static_cast<double>(masses);
+    }
     const uint64_t wanted = mass_wanted(top_p, total);
+    uint64_t reached = 0;
     for (const float logit : kept) {
-      sum += mass_of(logit, largest, scale, unit);
-      if (sum >= wanted) {
+      reached += mass(logit);
+      if (reached >= wanted) {
         keep_from(logit);
         break;
       }
@@ -115,11 +124,10 @@ RowSummary summarize(const LogitsParams& a, int64_t b, const T* x, std::vector<T
     for (int tile = 0; tile < tiles; ++tile) {
       stats[tile] = tile_stats(x, tile, vocab_size, scale, threshold);
     }
-    float largest = kNegativeInfinity;
-    for (const TileStats& tile : stats) largest = std::max(largest, tile.largest);
-    return largest;
   };
-  const float largest = pass(kNegativeInfinity);
+  pass(kNegativeInfinity);
+  float largest = kNegativeInfinity;
+  for (const TileStats& tile : stats) largest = std::max(largest, tile.largest);
   if (a.is_greedy(b)) {
     int argmax = -1;
     if (largest > kNegativeInfinity) {
@@ -127,11 +135,18 @@ RowSummary summarize(const LogitsParams& a, int64_t b, const T* x, std::vector<T
     }
     return {largest, stats.data(), largest, kNegativeInfinity, argmax};
   }
-  const float threshold = find_threshold(a, b, x, largest, scale);
-  if (threshold > kNegativeInfinity) pass(threshold);
-  Spans spans;
-  sum_spans(tiles, [&](int tile) { return tile_weight(stats[tile], largest, scale); }, spans);
-  return {logsumexp_of(spans.total(), largest, scale), stats.data(), largest, threshold, -1};
+  const auto sum = [&] {
+    Spans spans;
+    sum_spans(tiles, [&](int tile) { return tile_weight(stats[tile], largest, scale); }, spans);
+    return spans.total();
+  };
+  double total = sum();
+  const float threshold = find_threshold(a, b, x, largest, scale, total);
+  if (threshold > kNegativeInfinity) {
+    pass(threshold);
+    total = sum();
+  }
+  return {logsumexp_of(total, largest, scale), stats.data(), largest, threshold, -1};
 }
 
 // A request's summaries, made when they are first asked for: rows after the first rejection never

@@ -75,12 +75,11 @@ FR_FUNCTION float exp2_portable(float t) {
   t = at_least(t, -127.0f);
   const float shifted = t + kRoundingShift;
   const float f = t - (shifted - kRoundingShift);
-  float y = 0x1.41a6fep-13f;
-  y = fmaf(y, f, 0x1.5f44fp-10f);
-  y = fmaf(y, f, 0x1.3b2dfep-7f);
-  y = fmaf(y, f, 0x1.c6aed6p-5f);
-  y = fmaf(y, f, 0x1.ebfbdap-3f);
-  y = fmaf(y, f, 0x1.62e43p-1f);
+  float y = 0x1.5bfc8ep-10f;
+  y = fmaf(y, f, 0x1.3cee4cp-7f);
+  y = fmaf(y, f, 0x1.c6b62ap-5f);
+  y = fmaf(y, f, 0x1.ebf9b2p-3f);
+  y = fmaf(y, f, 0x1.62e42cp-1f);
   y = fmaf(y, f, 1.0f);
   return times_power(y, shifted);  // at -127 the bits of 1 and of the power cancel
 }
@@ -101,7 +100,7 @@ FR_FUNCTION float one_minus_exp2(float t) {
   return fmaf(-power, y * f, 1.0f - power);
 }
 
-// log2 of a positive, normal number: the same bits on every machine.
+// log2 of a positive, normal number, within 2e-11: the same bits on every machine.
 FR_FUNCTION double log2_portable(double value) {
   const uint64_t bits = bits_of(value);
   int exponent = static_cast<int>(bits >> 52) - 1023;
@@ -110,9 +109,14 @@ FR_FUNCTION double log2_portable(double value) {
     m *= 0.5;
     ++exponent;
   }
-  const double z = (m - 1.0) / (m + 1.0), z2 = z * z;
-  double series = 0;
-  for (int n = 21; n >= 1; n -= 2) series = series * z2 + 1.0 / n;
+  const double z = (m - 1.0) / (m + 1.0), z2 = z * z;  // at most 0.0295
+  double series = 1.0 / 13;
+  series = fma(series, z2, 1.0 / 11);
+  series = fma(series, z2, 1.0 / 9);
+  series = fma(series, z2, 1.0 / 7);
+  series = fma(series, z2, 1.0 / 5);
+  series = fma(series, z2, 1.0 / 3);
+  series = fma(series, z2, 1.0);
   return exponent + 2.0 * kLog2E * z * series;
 }
 
@@ -121,24 +125,50 @@ FR_FUNCTION float finite_logit(float x) {
   return x <= kLargestFloat ? x : x > kLargestFloat ? kLargestFloat : kNegativeInfinity;
 }
 
-// How a row of logits becomes probabilities: p_i = 2^((x_i - reference) * scale - remainder) where
-// x_i >= threshold, else 0. Subtracting first keeps the exponent's error relative.
+// Exponents are taken beside the one of the largest logit, rounded to a whole number of octaves, so
+// that sums beside different ones differ by a power of two. From `kWide` octaves on a float32
+// product has no fraction left: then they are differences of logits, scaled.
+constexpr float kWide = 0x1p20f;
+
+FR_FUNCTION bool is_wide(float octaves) { return !(fabsf(octaves) < kWide); }
+
+FR_FUNCTION float whole(float octaves) { return (octaves + kRoundingShift) - kRoundingShift; }
+
+// x * scale less the anchor, which is that of a logit that is not wide: with one rounding.
+FR_FUNCTION float octaves_beside(float x, float largest, float scale) {
+  const float product = largest * scale;
+  return is_wide(product) ? (x - largest) * scale : fmaf(x, scale, -whole(product));
+}
+
+// The anchor of the exponents beside `largest`, in octaves.
+FR_FUNCTION double anchor_of(float largest, float scale) {
+  const float product = largest * scale;
+  return is_wide(product) ? static_cast<double>(largest) * scale : whole(product);
+}
+
+// How a row of logits becomes probabilities: p_i = 2^(x_i * scale - reference - remainder) where
+// x_i >= threshold, else 0. Where the reference would be wide it is in units of logits, and
+// p_i = 2^((x_i - reference) * scale - remainder).
 struct Softmax {
-  float scale;      // log2(e) / temperature
-  float reference;  // about the row's logsumexp, in units of logits
+  float scale;  // log2(e) / temperature
+  float reference;
   float remainder;
   float threshold;  // the least kept logit; +inf for a row without mass, whose p_i are all 0
+  bool wide;
 
   FR_FUNCTION bool keeps(float x) const { return x >= threshold && x > kNegativeInfinity; }
 
   // Whether every logit is kept, and none is +inf, next to which the reference would be.
-  FR_FUNCTION bool is_plain() const {
-    return threshold == kNegativeInfinity && fabsf(reference) < 1e37f;
+  FR_FUNCTION bool is_plain() const { return threshold == kNegativeInfinity && !wide; }
+
+  FR_FUNCTION float octaves(float x) const {
+    return (wide ? (x - reference) * scale : fmaf(x, scale, -reference)) - remainder;
   }
+  FR_FUNCTION float plain_octaves(float x) const { return fmaf(x, scale, -reference) - remainder; }
 
   FR_FUNCTION float operator()(float logit) const {
     const float x = finite_logit(logit);
-    const float power = exp2_portable((x - reference) * scale - remainder);
+    const float power = exp2_portable(octaves(x));
     return keeps(x) ? power : 0.0f;
   }
 };
@@ -153,29 +183,35 @@ FR_FUNCTION bool has_mass(double logsumexp) { return logsumexp > -INFINITY; }
 // `logsumexp` in natural units is what goes in and out of the operators, so that a draft's q is the
 // same to the bit whether its sum was kept or is taken again.
 FR_FUNCTION Softmax softmax_of(double logsumexp, float scale, float threshold) {
-  if (!has_mass(logsumexp)) return {scale, 0.0f, 0.0f, INFINITY};
-  const double log2_sum = logsumexp * kLog2E;
-  const float reference = static_cast<float>(log2_sum / scale);
-  const float remainder = static_cast<float>(log2_sum - static_cast<double>(reference) * scale);
-  return {scale, reference, remainder, threshold};
+  if (!has_mass(logsumexp)) return {scale, 0.0f, 0.0f, INFINITY, false};
+  const double octaves = logsumexp * kLog2E;
+  const bool wide = is_wide(static_cast<float>(octaves));
+  const float reference = static_cast<float>(wide ? octaves / scale : octaves);
+  const double rounded = wide ? static_cast<double>(reference) * scale : reference;
+  return {scale, reference, static_cast<float>(octaves - rounded), threshold, wide};
 }
 
-// The largest kept logit of a tile and the sum of 2^((x - largest) * scale) over it.
+// The largest kept logit of a tile and the sum of 2^octaves_beside(x, largest) over it.
 struct TileStats {
   float largest;
   float sum;
 };
 
-// The weight of a tile beside the row's largest logit. Exact: a product of two float32.
-FR_FUNCTION double tile_weight(const TileStats& tile, float largest, float scale) {
-  if (!(tile.largest > kNegativeInfinity)) return 0.0;
-  return static_cast<double>(tile.sum) *
-         static_cast<double>(exp2_portable((tile.largest - largest) * scale));
+// The weight of a tile beside the row's largest logit: exact, but where it underflows or is wide.
+FR_FUNCTION float tile_weight(const TileStats& tile, float largest, float scale) {
+  if (!(tile.largest > kNegativeInfinity)) return 0.0f;
+  const float product = largest * scale;
+  float octaves = whole(tile.largest * scale) - whole(product);
+  if (is_wide(product)) {
+    octaves = static_cast<float>(anchor_of(tile.largest, scale) - anchor_of(largest, scale));
+    return tile.sum * exp2_portable(octaves);
+  }
+  return tile.sum * times_power(1.0f, at_least(octaves, -127.0f) + kRoundingShift);  // 0 at -127
 }
 
 FR_FUNCTION double logsumexp_of(double sum, float largest, float scale) {
   if (!(largest > kNegativeInfinity)) return -INFINITY;
-  return (log2_portable(sum) + static_cast<double>(largest) * scale) * kLn2;
+  return (log2_portable(sum) + anchor_of(largest, scale)) * kLn2;
 }
 
 // Parameters of the logits operators beside Params, whose target_probs and draft_probs then are
@@ -219,25 +255,19 @@ struct LogitsRow {
   float draft_threshold;    // q's least kept logit; +inf where q has no mass
   float shift, shift_rest;  // log2(q / p) = (x_q - x_p) * scale + shift + shift_rest
 
+  static constexpr bool kTargetIsLogits = true;
+
+  FR_FUNCTION bool draft_is_logits() const { return q_is_logits; }
   FR_FUNCTION bool from_stats() const { return !q && one_hot < 0; }
-  FR_FUNCTION double tile_mass(int tile) const {
+  FR_FUNCTION float tile_mass(int tile) const {
     return tile_weight(stats[tile], largest, softmax.scale);
   }
-  // The target's weights beside the largest, as tile_mass has them.
-  FR_FUNCTION LogitsRow beside_largest() const {
-    LogitsRow row = *this;
-    row.softmax.reference = largest;
-    row.softmax.remainder = 0.0f;
-    return row;
-  }
-
   FR_FUNCTION float p_value(float p_i) const { return softmax(p_i); }
   FR_FUNCTION float q_value(float q_i) const {
     if (!q_is_logits) return q_i;
     const float x = finite_logit(q_i);
     if (!(x >= draft_threshold && x > kNegativeInfinity)) return 0.0f;
-    const float log2_q = (x - softmax.reference) * softmax.scale - softmax.remainder;
-    return exp2_portable(log2_q + shift);
+    return exp2_portable(softmax.octaves(x) + shift);
   }
 
   FR_FUNCTION float with_draft(float p_i, float q_i) const {
@@ -251,8 +281,7 @@ struct LogitsRow {
   // The same where is_plain(): a NaN or -inf needs no care then.
   FR_FUNCTION bool is_plain() const { return plain; }
   FR_FUNCTION float with_plain_draft(float p_i, float q_i) const {
-    const float t = (p_i - softmax.reference) * softmax.scale - softmax.remainder;
-    return residual(exp2_portable(t), p_i, q_i);
+    return residual(exp2_portable(softmax.plain_octaves(p_i)), p_i, q_i);
   }
 
   // p - q where that is positive, by p * (1 - q / p); p where log2(q / p) is NaN: then q is 0.
@@ -264,12 +293,17 @@ struct LogitsRow {
 
   // log2(q / p), with what the roundings of the logits' difference and of the shift lose: where the
   // two cancel, as on a token that both sides are nearly sure of, float32 has no digits left. Not
-  // in float64, which is slow on most cards.
+  // in float64, which is slow on most cards. A difference of 16-bit logits is exact wherever it
+  // matters.
   FR_FUNCTION float log2_of_ratio(float x_p, float x_q) const {
     const float difference = x_q - x_p;
-    const float rounded = x_q - difference;  // about x_p
-    const float lost = (x_q - (difference + rounded)) + (rounded - x_p);
-    return fmaf(difference, softmax.scale, shift) + fmaf(lost, softmax.scale, shift_rest);
+    float rest = shift_rest;
+    if constexpr (sizeof(T) > 2) {
+      const float rounded = x_q - difference;  // about x_p
+      const float lost = (x_q - (difference + rounded)) + (rounded - x_p);
+      rest = fmaf(lost, softmax.scale, shift_rest);
+    }
+    return fmaf(difference, softmax.scale, shift) + rest;
   }
 
   FR_FUNCTION float without_draft(float p_i, int i) const {
@@ -284,10 +318,15 @@ struct LogitsRow {
     return row;
   }
 
+  // The target's weights, beside the largest as tile_mass has them.
   FR_FUNCTION LogitsRow target() const {
     LogitsRow row = *this;
     row.q = nullptr;
     row.one_hot = -1;
+    const float product = largest * softmax.scale;
+    row.softmax.wide = is_wide(product);
+    row.softmax.reference = row.softmax.wide ? largest : whole(product);
+    row.softmax.remainder = 0.0f;
     return row;
   }
 };
@@ -384,7 +423,7 @@ struct LogitsRequest : Request<T> {
     row.softmax = softmax(target);
     row.stats = target.stats;
     row.largest = target.largest;
-    if (id == kPlaceholderTokenId) return row;
+    if (id == kPlaceholderTokenId) return row.target();
     row.q = this->draft_row(k);
     row.q_is_logits = logits->draft_is_logits;
     if (row.q && row.q_is_logits) {
@@ -395,7 +434,8 @@ struct LogitsRequest : Request<T> {
       const double shift = (target.logsumexp - draft.logsumexp) * kLog2E;
       row.shift = static_cast<float>(shift);
       row.shift_rest = static_cast<float>(shift - row.shift);
-    } else if (!row.q && this->in_vocab(id)) {
+    } else if (!row.q) {
+      if (!this->in_vocab(id)) return row.target();
       row.one_hot = static_cast<int>(id);
     }
     return row;
@@ -412,16 +452,16 @@ FR_FUNCTION float mass_unit(int vocab_size) {
 }
 
 FR_FUNCTION uint64_t mass_of(float x, float largest, float scale, float unit) {
-  return static_cast<uint64_t>(exp2_portable((x - largest) * scale) * unit);
+  return static_cast<uint64_t>(exp2_portable(octaves_beside(x, largest, scale)) * unit);
 }
 
 // The least mass that reaches a share of the total, at least 1: the largest logit always stays.
-FR_FUNCTION uint64_t mass_wanted(float top_p, uint64_t total) {
+FR_FUNCTION uint64_t mass_wanted(float top_p, double total) {
   if (!(top_p > 0)) return 1;
-  const double share = static_cast<double>(top_p) * static_cast<double>(total);
+  const double share = static_cast<double>(top_p) * total;
   uint64_t wanted = static_cast<uint64_t>(share);
   if (static_cast<double>(wanted) < share) ++wanted;
-  return wanted < 1 ? 1 : wanted < total ? wanted : total;
+  return wanted < 1 ? 1 : wanted;
 }
 
 FR_FUNCTION bool keeps_min_p(float x, float largest, float scale, float min_p) {
@@ -452,15 +492,15 @@ FR_HOST_DEVICE constexpr int64_t num_draft_rows(const LogitsParams& a) {
 
 struct LogitsPlan {
   Plan fused;
-  // In clusters and without filters: how many blocks share a position's rows, and whether those of
-  // later positions look for a rejection before they read. 0: all rows in a launch before.
+  // In clusters, but for block verification: how many blocks share a position's rows, and whether
+  // later positions look for an end before they read. 0: all rows in a launch before.
   int blocks_per_position;
   bool early_exit;
   int64_t workspace_bytes;  // uninitialised device memory that launch_from_logits wants
 };
 
-int plan_from_logits(const LogitsParams& params, Exchange exchange, int blocks_per_row,
-                     LogitsPlan* plan);
+// As plan_fused; `blocks`: of a position in clusters, else of a request.
+int plan_from_logits(const LogitsParams& params, Exchange exchange, int blocks, LogitsPlan* plan);
 int launch_from_logits(const LogitsParams& params, const LogitsPlan& plan, void* workspace,
                        void* stream);
 

@@ -1,10 +1,12 @@
-// The CUDA kernels on logits. In clusters and without filters two launches: positions_kernel, a
-// cluster a row, reads the rows and decides, and draw_kernel draws from the one row that matters.
-// Else: a pass over all rows (a warp a tile), and the fused kernel of warp.cuh, which finishes the
-// rows' sums, decides, and draws. Filters add a search for each row's threshold and a second pass
-// over what it keeps.
+// The CUDA kernels on logits. In clusters two launches: positions_kernel, a cluster a position, reads
+// its rows, decides, and draws where the request would end there; finish_kernel takes the first
+// position that ends each request. For block verification, and on cards without clusters: a pass
+// over all rows (a warp a tile), with filters a search for each row's threshold and a second pass
+// over what it keeps, and the fused kernel of warp.cuh, which finishes the rows' sums, decides, and
+// draws.
 #include "from_logits.h"
 #include "threshold.cuh"
+#include "tiles.cuh"
 #include "warp.cuh"
 
 #ifndef FR_EMULATION
@@ -36,124 +38,6 @@ __device__ LogitsRowAt<T> locate_row(const LogitsParams& a, int64_t row) {
   return {k <= request.drafts || k == 0 ? request.target_row(k) : nullptr, b};
 }
 
-// One warp: the largest of the lanes' values, in every lane.
-__device__ __forceinline__ float warp_max(float value) {
-#pragma unroll
-  for (int d = 1; d < kWarp; d *= 2) {
-    value = fmaxf(value, __shfl_xor_sync(kAllLanes, value, d));
-  }
-  return value;
-}
-
-// 16 bytes of logits as they are loaded: unpacked, two 16-bit logits would take two registers.
-struct alignas(16) Words {
-  uint32_t word[4];
-};
-
-template <typename T>
-constexpr uint32_t kNegativeInfinityWord = 0xFF800000u;
-template <>
-constexpr uint32_t kNegativeInfinityWord<BFloat16> = 0xFF80FF80u;
-template <>
-constexpr uint32_t kNegativeInfinityWord<Float16> = 0xFC00FC00u;
-
-// A lane's share of a tile of logits, -inf beyond the vocabulary.
-template <typename T>
-struct RawTile {
-  Words words[kVectors<T>];
-
-  __device__ __forceinline__ float at(int j, int e) const {
-    if constexpr (sizeof(T) == 4) {
-      return __uint_as_float(words[j].word[e]);
-    } else {
-      return static_cast<float>(T{static_cast<uint16_t>(words[j].word[e / 2] >> (e % 2 * 16))});
-    }
-  }
-};
-
-__device__ __forceinline__ uint32_t word_of(const float& x) { return bits_of(x); }
-template <typename T>
-__device__ __forceinline__ uint32_t word_of(const T& x) {
-  return x.bits;
-}
-
-// 16 bytes one element at a time; the first `left` of them exist. Packed only once all are there.
-template <typename T>
-__device__ __forceinline__ Words load_elements(const T* from, int left) {
-  constexpr int per_word = 4 / sizeof(T), bits = 8 * sizeof(T);
-  uint32_t element[kVector<T>];
-#pragma unroll
-  for (int e = 0; e < kVector<T>; ++e) {
-    element[e] = kNegativeInfinityWord<T> >> (32 - bits);
-    if (e < left) element[e] = word_of(read_argument(from + e));
-  }
-  Words words = {};
-#pragma unroll
-  for (int e = 0; e < kVector<T>; ++e) {
-    words.word[e / per_word] |= element[e] << (e % per_word * bits);
-  }
-  return words;
-}
-
-// One warp: reads a tile. No load waits for another.
-template <typename T>
-__device__ __forceinline__ void load_tile(const T* x, int tile, int vocab_size, int lane,
-                                          RawTile<T>& raw) {
-  constexpr int step = kWarp * kVector<T>;
-  const int begin = tile * kTile + lane * kVector<T>, left = vocab_size - begin;
-  if (by_vectors<T>(x, nullptr, vocab_size)) {
-#pragma unroll
-    for (int j = 0; j < kVectors<T>; ++j) {
-#pragma unroll
-      for (uint32_t& word : raw.words[j].word) word = kNegativeInfinityWord<T>;
-      if (j * step < left) {
-        raw.words[j] = read_argument(reinterpret_cast<const Words*>(x + begin + j * step));
-      }
-    }
-  } else {
-#pragma unroll
-    for (int j = 0; j < kVectors<T>; ++j) {
-      raw.words[j] = load_elements(x + begin + j * step, left - j * step);
-    }
-  }
-}
-
-// One warp: the statistics of a tile, in every lane.
-template <typename T>
-__device__ __forceinline__ TileStats warp_tile_stats(const RawTile<T>& raw, float scale,
-                                                     float threshold) {
-  Share<T, float> w;
-#pragma unroll
-  for (int j = 0; j < kVectors<T>; ++j) {
-#pragma unroll
-    for (int e = 0; e < kVector<T>; ++e) w.value[j][e] = raw.at(j, e);
-  }
-  if (threshold > kNegativeInfinity) {
-    w.each([&](float& w_i, int) {
-      const float logit = finite_logit(w_i);
-      w_i = logit >= threshold ? logit : kNegativeInfinity;
-    });
-  }
-  float largest = kNegativeInfinity;
-  w.each([&](float w_i, int) { largest = fmaxf(largest, w_i); });  // a NaN is left out
-  largest = warp_max(largest);
-  if (!(largest > kNegativeInfinity)) return {largest, 0.0f};
-  if (largest > kLargestFloat) {
-    w.each([&](float& w_i, int) { w_i = finite_logit(w_i); });
-    largest = kLargestFloat;
-  }
-  w.each([&](float& w_i, int) { w_i = exp2_portable((w_i - largest) * scale); });  // 0 for a NaN
-  return {largest, warp_sum(w)};
-}
-
-template <typename T>
-__device__ __forceinline__ TileStats warp_tile_stats(const T* x, int tile, int vocab_size,
-                                                     float scale, float threshold, int lane) {
-  RawTile<T> raw;
-  load_tile(x, tile, vocab_size, lane, raw);
-  return warp_tile_stats(raw, scale, threshold);
-}
-
 // A warp a tile, over all rows. `thresholds` [rows] or null.
 template <typename T>
 __global__ void __launch_bounds__(kMaxWarps* kWarp, kResidentBlocks)
@@ -179,85 +63,18 @@ __global__ void __launch_bounds__(kMaxWarps* kWarp, kResidentBlocks)
   if (lane == 0) tile_stats = found;
 }
 
-// One warp: the largest logit of a row, from its tiles' statistics.
-__device__ __forceinline__ float warp_largest(const TileStats* stats, int tiles, int lane) {
-  float largest = kNegativeInfinity;
-  for (int tile = lane; tile < tiles; tile += kWarp) {
-    largest = stats[tile].largest > largest ? stats[tile].largest : largest;
-  }
-  return warp_max(largest);
-}
-
-// One warp: the first index whose logit is `largest`.
+// Filters: a block a row looks for the threshold. `thresholds` [rows].
 template <typename T>
-__device__ int warp_argmax(const T* x, const TileStats* stats, float largest, int vocab_size,
-                           int lane) {
-  if (!(largest > kNegativeInfinity)) return -1;
-  const int tiles = num_tiles(vocab_size);
-  int tile = 0;
-  for (;; tile += kWarp) {
-    const int t = tile + lane;
-    const unsigned hits = __ballot_sync(kAllLanes, t < tiles && stats[t].largest == largest);
-    if (!hits) continue;
-    tile += __ffs(hits) - 1;
-    break;
-  }
-  for (int first = tile * kTile;; first += kWarp) {
-    const int i = first + lane;
-    const bool hit =
-        i < vocab_size && finite_logit(static_cast<float>(read_argument(x + i))) == largest;
-    const unsigned hits = __ballot_sync(kAllLanes, hit);
-    if (hits) return first + __ffs(hits) - 1;
-  }
-}
-
-// One warp: a row's summary, in every lane.
-template <typename T>
-__device__ RowSummary warp_summarize(const T* x, const TileStats* stats, float scale,
-                                     float threshold, bool greedy, int vocab_size, int lane) {
-  const int tiles = num_tiles(vocab_size);
-  const float largest = warp_largest(stats, tiles, lane);
-  if (greedy) {
-    const int argmax = warp_argmax(x, stats, largest, vocab_size, lane);
-    return {largest, stats, largest, kNegativeInfinity, argmax};
-  }
-  const double sum = lane_span_sum(span_of(tiles, lane),
-                                   [&](int i) { return tile_weight(stats[i], largest, scale); });
-  const double total = __shfl_sync(kAllLanes, warp_scan(sum, lane), kSpans - 1);
-  return {logsumexp_of(total, largest, scale), stats, largest, threshold, -1};
-}
-
-// ---- Filters: a block a row looks for the threshold.
-
-template <typename T>
-__global__ void __launch_bounds__(kThresholdWarps* kWarp)
+__global__ void __launch_bounds__(kMaxWarps* kWarp)
     threshold_kernel(const LogitsParams a, const TileStats* stats, float* thresholds) {
-  __shared__ Search search;
+  FR_DYNAMIC_SHARED(uint64_t, shared);  // a Search
   const int64_t row = blockIdx.x;
-  const int vocab_size = static_cast<int>(a.base.vocab_size), tiles = num_tiles(vocab_size);
   const LogitsRowAt<T> at = locate_row<T>(a, row);
   if (!at.x) return;
-  const int top_k = a.top_k ? a.top_k[at.b] : 0;
-  const float top_p = a.top_p ? a.top_p[at.b] : 1.0f, min_p = a.min_p ? a.min_p[at.b] : 0.0f;
-  const bool by_rank = top_k > 0 && top_k < vocab_size;
-  const bool filtered = !a.is_greedy(at.b) && (by_rank || top_p < 1.0f || min_p > 0.0f);
-  const TileStats* row_stats = stats + row * tiles;
-  float threshold = kNegativeInfinity;
-  if (filtered) {
-    if (block_warp() == 0) {
-      const float largest = warp_largest(row_stats, tiles, block_lane());
-      if (threadIdx.x == 0) search.largest = largest;
-    }
-    __syncthreads();
-    const Distance distance{search.largest, a.scale(at.b)};
-    if (distance.largest > kNegativeInfinity) {
-      ThresholdSearch<T> found{search, {at.x, row_stats, vocab_size}, distance};
-      if (by_rank) found.keep_top(top_k);
-      if (top_p < 1.0f) found.keep_share(top_p);
-      if (min_p > 0.0f) found.keep_near(min_p);
-      threshold = found.threshold;
-    }
-  }
+  const int vocab_size = static_cast<int>(a.base.vocab_size);
+  const float threshold =
+      find_threshold(*reinterpret_cast<Search*>(shared), Team{0, 1}, Filters(a, at.b), at.x,
+                     stats + row * num_tiles(vocab_size), vocab_size);
   if (threadIdx.x == 0) thresholds[row] = threshold;
 }
 
@@ -331,26 +148,29 @@ __global__ void __launch_bounds__(kMaxWarps* kWarp, 1)
   }
 }
 
-// ---- Verification without filters in two launches. In the first, every position of every request
-// has a cluster of blocks: they share out the tiles of its target row, and of its draft row where
-// the logsumexp was not given, and the cluster's first block decides over the draft. In the second
-// a cluster a request draws after the first position that ends it. First positions come first, so
-// that where not all blocks run at once, those of rows after a rejection find it and read nothing.
+// ---- In clusters. Every position of every request has a cluster of blocks: they share out the tiles
+// of its target row, and of its draft row where that is needed, tell one another the tiles'
+// statistics, and then each knows whether the request would end here. If so they draw, from rows
+// that they have just read; if a position before it ends the request too, for nothing. First
+// positions come first, so that where not all blocks run at once, those behind a known end find it
+// and read nothing.
 
-// What the first launch leaves to the second, in global memory.
-template <typename T>
+// What positions leave to finish_kernel, in global memory [B][K + 1]; null where K is 0.
 struct Findings {
-  LogitsRow<T>* rows;  // [B][K + 1], to draw from where the position ends the request
-  TileStats* stats;    // [B][K + 1][tiles], of the target's rows
-  uint8_t* verdicts;   // [B][K + 1]
+  int32_t* tokens;    // drawn where the position would end its request
+  uint8_t* verdicts;  // kGoesOn or kEnds
 };
 
 constexpr uint8_t kGoesOn = 0, kEnds = 1;
+
+// What blocks send in place of statistics once they have seen that the request has ended.
+constexpr float kCut = -1.0f;
 
 struct DraftToken {
   int64_t id;
   float u;
   DraftValues values;
+  double logsumexp;
 };
 
 // The summaries of one position, of the target's row and the draft's.
@@ -359,6 +179,46 @@ struct PositionSummaries {
 
   __device__ RowSummary target(int64_t) const { return rows[0]; }
   __device__ RowSummary draft(int64_t) const { return rows[1]; }
+};
+
+// A block's dynamic shared memory, which the cluster's others send into.
+struct PositionShared {
+  uint64_t* pending;  // of statistics, of those of what filters keep, and of TileSums
+  TileSums sums;
+  TileStats* stats;  // [2][tiles]: the target's row, the draft's
+  Search* search;
+
+  static constexpr int kBarriers = 4;
+
+  FR_HOST_DEVICE static constexpr int64_t bytes(int64_t tiles, bool filtered) {
+    const int64_t exchanged = 2 * tiles * static_cast<int64_t>(sizeof(float) + sizeof(TileStats));
+    return kBarriers * static_cast<int64_t>(sizeof(uint64_t)) + exchanged +
+           (filtered ? static_cast<int64_t>(sizeof(Search)) : 0);
+  }
+
+  __device__ PositionShared(uint64_t* shared, int tiles)
+      : pending(shared),
+        sums{reinterpret_cast<float*>(shared + kBarriers), shared + 2},
+        stats(reinterpret_cast<TileStats*>(sums.sums + 2 * tiles)),
+        search(reinterpret_cast<Search*>(stats + 2 * tiles)) {}
+};
+
+// A position's token goes to the findings, or to the outputs of a request without drafts.
+struct PositionOutput {
+  const Params& a;
+  const Findings& findings;
+  unsigned b, k;
+
+  __device__ __forceinline__ void store_decision(int) const {}
+  __device__ __forceinline__ void store_token(int id) const {
+    if (findings.tokens) {
+      findings.tokens[static_cast<int64_t>(b) * (a.spec_length + 1) + k] = id;
+    } else if (a.ids_are_int64) {
+      static_cast<int64_t*>(a.token_ids)[b] = id;
+    } else {
+      static_cast<int32_t*>(a.token_ids)[b] = id;
+    }
+  }
 };
 
 // One warp: whether a position before k is known to end the request. Only a hint: what other blocks
@@ -372,185 +232,187 @@ __device__ __forceinline__ bool warp_is_over(const volatile uint8_t* verdicts, i
   return false;
 }
 
-template <typename T>
-__global__ void __launch_bounds__(kMaxWarps* kWarp, kResidentBlocks)
-    positions_kernel(const LogitsParams a, int blocks_per_row, bool early_exit,
-                     Findings<T> findings) {
+// One warp: whether a block of the cluster cut a row's statistics short. All blocks were sent the
+// same, so that all leave together.
+__device__ __forceinline__ bool warp_is_cut(const TileStats* stats, int tiles, int lane) {
+  bool cut = false;
+  for (int tile = lane; tile < tiles; tile += kWarp) cut |= stats[tile].sum < 0.0f;
+  return __ballot_sync(kAllLanes, cut) != 0;
+}
+
+// How many blocks a multiprocessor has registers for. The search for thresholds wants many, and so
+// do float32 logits.
+template <typename T, bool filtered>
+constexpr int kResidentPositions = filtered || sizeof(T) == 4 ? 1 : kResidentBlocks;
+
+template <typename T, bool filtered>
+__global__ void __launch_bounds__(kMaxWarps* kWarp, kResidentPositions<T, filtered>)
+    positions_kernel(const LogitsParams a, int blocks, bool early_exit, Findings findings) {
+  using Request = LogitsRequest<T, PositionSummaries>;
   __shared__ RowSummary summaries[2];
   __shared__ DraftToken draft;
-  FR_DYNAMIC_SHARED(uint64_t,
-                    pending);  // then TileStats [2][tiles], both of a cluster's first block
+  __shared__ LogitsRow<T> row;
+  __shared__ float recovery_uniform;
+  __shared__ bool is_cut[2], ends;
+  FR_DYNAMIC_SHARED(uint64_t, shared);
 
-  allow_next_launch();
   wait_for_launch_before();
+  allow_next_launch();
   const int lane = threadIdx.x % kWarp, warp = threadIdx.x / kWarp, warps = blockDim.x / kWarp;
-  const auto [cluster, rank] = place_of<Step::kInCluster>(blocks_per_row);
-  const int64_t k = cluster / a.base.batch_size, b = cluster % a.base.batch_size;
-  const int64_t spec_length = a.base.spec_length;
-  const LogitsRequest<T, PositionSummaries> request(a, b, {summaries});
-  const bool is_last = k >= request.drafts;
-  if (k > 0 && k > request.drafts) return;
-
+  const auto [cluster, rank] = place_of<Step::kInCluster>(blocks);
+  // 32 bits hold them, as the grid does, and take half the registers.
+  const unsigned batch_size = static_cast<unsigned>(a.base.batch_size);
+  const unsigned k = static_cast<unsigned>(cluster) / batch_size;
+  const unsigned b = static_cast<unsigned>(cluster) % batch_size;
+  const unsigned spec_length = static_cast<unsigned>(a.base.spec_length);
+  const auto position = [&] { return static_cast<int64_t>(b) * (spec_length + 1) + k; };
   const int vocab_size = static_cast<int>(a.base.vocab_size), tiles = num_tiles(vocab_size);
-  const int rows = num_draft_rows(a) > 0 && !request.greedy && !is_last ? 2 : 1;
-  float* stats = reinterpret_cast<float*>(pending + 1);
-  if (rank == 0 && threadIdx.x == 0) {
-    expect_bytes(pending, rows * tiles * static_cast<int>(sizeof(TileStats)));
+  // Made anew where it is used: kept, it would take registers that the loops want.
+  const auto request = [&] { return Request(a, b, {summaries}); };
+  const bool is_last = k >= request().drafts, greedy = a.is_greedy(b);
+  if (k > 0 && k > request().drafts) return;
+  const T *x_p = request().target_row(k), *x_q = is_last ? nullptr : request().draft_row(k);
+  const float scale = a.scale(b);
+  const int rows = num_draft_rows(a) > 0 && !greedy && !is_last ? 2 : 1;
+  const int first = rank * warps + warp, step = warps * blocks;
+  const PositionShared at(shared, tiles);
+  if (threadIdx.x == 0) {
+    for (int pass = 0; pass < (filtered ? 2 : 1); ++pass) {
+      expect_bytes(at.pending + pass, rows * tiles * static_cast<int>(sizeof(TileStats)));
+    }
+    expect_sums(at.sums, tiles);
   }
   __syncwarp();
   cluster_start();
 
-  const int64_t position = b * (spec_length + 1) + k;
-  TileStats* target_stats = findings.stats + position * tiles;
   const auto looks_over = [&] {
-    return early_exit && warp_is_over(findings.verdicts + position - k, k, lane);
+    return early_exit && warp_is_over(findings.verdicts + position() - k, k, lane);
+  };
+  const auto load = [&](int i, RawTile<T>& raw) {
+    load_tile(i < tiles ? x_p : x_q, i < tiles ? i : i - tiles, vocab_size,
+              kNegativeInfinityWord<T>, lane, raw);
+  };
+  const auto tell = [&](int i, const TileStats& found, int pass) {
+    if (lane < blocks) {
+      send_pair_to_block(&at.stats[i].largest, at.pending + pass, lane, found.largest, found.sum);
+    }
   };
   bool is_over = looks_over();
-  const auto load = [&](int i, RawTile<T>& raw) {
-    const T* x = i < tiles ? request.target_row(k) : request.draft_row(k);
-    load_tile(x, i < tiles ? i : i - tiles, vocab_size, lane, raw);
-  };
-  int i = rank * warps + warp;
   RawTile<T> raw;
-  if (i < rows * tiles && !is_over) load(i, raw);
-  if (rank == 0 && warp == warps - 1 && lane == 0 && !is_last) {
-    const int64_t id = request.id(k);
-    const float u = uniform(a.base, b, k);  // while the id is on its way
-    draft = {id, u, request.values(k, id)};
-    if (a.draft_logsumexp) {
-      const double sum = a.draft_logsumexp[b * spec_length + k];
-      summaries[1] = {sum, nullptr, 0.0f, kNegativeInfinity, -1};
+  if (first < rows * tiles && !is_over) load(first, raw);
+  if (warp == warps - 1) {
+    const float u = uniform(a.base, b, spec_length);
+    if (lane == 0) {
+      recovery_uniform = u;
+      if (!is_last) {
+        const int64_t id = request().id(k);
+        const float own = uniform(a.base, b, k);  // while the id is on its way
+        const double sum = a.draft_logsumexp ? a.draft_logsumexp[static_cast<int64_t>(b) * spec_length + k] : 0.0;
+        draft = {id, own, request().values(k, id), sum};
+      }
     }
   }
   __syncwarp();
   cluster_wait();
-  while (i < rows * tiles) {
-    TileStats found = {kNegativeInfinity, 0.0f};  // something, since the first block waits for it
+  // Where all blocks run at once the card has time for rows that only a rejection reads.
+  const bool ahead = !early_exit && rows == 1 && x_q;
+  for (int i = first; i < rows * tiles; i += step) {
+    TileStats found = {kNegativeInfinity, kCut};
+    RawTile<T> next;
     if (!is_over) {
       is_over = looks_over();
-      found = warp_tile_stats(raw, request.scale, kNegativeInfinity);
+      if (i + step < rows * tiles && !is_over) load(i + step, next);
+      if (ahead) prefetch_tile(static_cast<const T*>(nullptr), x_q, i, vocab_size, lane);
+      found = warp_tile_stats(raw, scale, kNegativeInfinity);
     }
-    if (lane == 0) {
-      send_pair_to_block(stats + 2 * i, pending, 0, found.largest, found.sum);
-      if (i < tiles) target_stats[i] = found;
-    }
-    i += warps * blocks_per_row;
-    if (i < rows * tiles && !is_over) load(i, raw);
+    tell(i, found, 0);
+    raw = next;
   }
-  if (rank != 0) return;
 
+  if (filtered || warp < rows) wait_for_bytes(at.pending);
   if (warp < rows) {
-    wait_for_bytes(pending);
-    const T* x = warp == 0 ? request.target_row(k) : request.draft_row(k);
-    const TileStats* known = reinterpret_cast<const TileStats*>(stats) + warp * tiles;
-    RowSummary summary = {};
-    if (!is_over) {
-      summary = warp_summarize(x, known, request.scale, kNegativeInfinity, request.greedy,
-                               vocab_size, lane);
+    const bool cut = early_exit && warp_is_cut(at.stats + warp * tiles, tiles, lane);
+    if (lane == 0) is_cut[warp] = cut;
+  }
+  float threshold_p = kNegativeInfinity, threshold_q = kNegativeInfinity;
+  if constexpr (filtered) {
+    __syncthreads();
+    if (is_cut[0] || is_cut[rows - 1]) return;
+    const Team team{rank, blocks};
+    threshold_p = find_threshold(*at.search, team, Filters(a, b), x_p, at.stats, vocab_size);
+    if (rows == 2) {
+      threshold_q =
+          find_threshold(*at.search, team, Filters(a, b), x_q, at.stats + tiles, vocab_size);
     }
-    summary.stats = target_stats;  // not this block's copy; of the draft's row they are not kept
+    if (threshold_p > kNegativeInfinity || threshold_q > kNegativeInfinity) {
+      for (int i = first; i < rows * tiles; i += step) {
+        const float threshold = i < tiles ? threshold_p : threshold_q;
+        TileStats found = at.stats[i];
+        __syncwarp();  // what is sent below overwrites it
+        if (threshold > kNegativeInfinity) {
+          // Where a tile was seen to have nothing to keep, it is not read again.
+          const bool keeps = found.largest >= threshold;
+          found = {kNegativeInfinity, 0.0f};
+          if (keeps) {
+            load(i, raw);
+            found = warp_tile_stats(raw, scale, threshold);
+          }
+        }
+        tell(i, found, 1);
+      }
+      if (warp < rows) wait_for_bytes(at.pending + 1);
+    }
+  }
+  if (warp < rows) {
+    const RowSummary summary =
+        warp_summarize(warp == 0 ? x_p : x_q, at.stats + warp * tiles, scale,
+                       warp == 0 ? threshold_p : threshold_q, greedy, vocab_size, lane);
     if (lane == 0) summaries[warp] = summary;
   }
   __syncthreads();
-  if (threadIdx.x == 0 && !is_over) {
-    const bool ends =
-        is_last || !request.accepts_values(k, draft.id, draft.values, [&] { return draft.u; });
-    findings.verdicts[position] = ends ? kEnds : kGoesOn;
-    if (ends) {
-      findings.rows[position] = request.row(k, is_last ? kPlaceholderTokenId : draft.id);
-    }
-  }
-}
-
-// A request whose drafts have been decided over.
-template <typename T>
-struct VerifiedRequest : Request<T> {
-  using Row = LogitsRow<T>;
-  const Row* rows;
-  const uint8_t* verdicts;
-
-  __device__ VerifiedRequest(const LogitsParams& a, int64_t b, const Findings<T>& findings)
-      : Request<T>(a.base, b),
-        rows(findings.rows + b * (a.base.spec_length + 1)),
-        verdicts(findings.verdicts + b * (a.base.spec_length + 1)) {}
-};
-
-template <typename T>
-__device__ __forceinline__ Decision<LogitsRow<T>> warp_decide(const VerifiedRequest<T>& request,
-                                                              int lane) {
-  wait_for_launch_before();
-  for (int64_t first = 0;; first += kWarp) {
-    const int64_t k = first + lane;
-    const bool ends = k >= request.drafts || request.verdicts[k] == kEnds;
-    const unsigned all = __ballot_sync(kAllLanes, ends);
-    if (all) return {first + __ffs(all) - 1, request.rows[first + __ffs(all) - 1]};
-  }
-}
-
-template <typename T>
-__global__ void __launch_bounds__(kMaxWarps* kWarp, kResidentBlocks)
-    draw_kernel(const LogitsParams a, int blocks_per_row, Findings<T> findings) {
-  FR_DYNAMIC_SHARED(uint64_t, shared);
-  const auto [b, rank] = place_of<Step::kInCluster>(blocks_per_row);
-  const int tiles = num_tiles(a.base.vocab_size);
-  const TileSums sums{reinterpret_cast<float*>(shared + 2), shared};
-  if (threadIdx.x == blockDim.x - 1) expect_sums(sums, tiles);
-  __syncwarp();
-  cluster_start();
-  const VerifiedRequest<T> request(a, b, findings);
-  sample_request<Step::kInCluster>(request, rank, blocks_per_row, sums);
-}
-
-// sample_from_logits without filters, in one launch and one pass: the blocks of a request tell one
-// another their tiles' statistics, and the one that owns the drawn tile finds it in its own L1.
-template <typename T>
-__global__ void __launch_bounds__(kMaxWarps* kWarp, kResidentBlocks)
-    sample_kernel(const LogitsParams a, int blocks_per_row) {
-  FR_DYNAMIC_SHARED(uint64_t, pending);  // then TileStats [tiles]
-  float* shared = reinterpret_cast<float*>(pending + 1);
+  if (is_cut[0] || is_cut[rows - 1]) return;
   if (threadIdx.x == 0) {
-    expect_bytes(pending, num_tiles(a.base.vocab_size) * static_cast<int>(sizeof(TileStats)));
-  }
-  cluster_start();
-  wait_for_launch_before();
-  const int lane = threadIdx.x % kWarp, warp = threadIdx.x / kWarp, warps = blockDim.x / kWarp;
-  const auto [b, rank] = place_of<Step::kInCluster>(blocks_per_row);
-  const int vocab_size = static_cast<int>(a.base.vocab_size), tiles = num_tiles(vocab_size);
-  const Request<T> request(a.base, b);
-  const T* x = request.target_row(0);
-  const bool greedy = a.is_greedy(b);
-  const float scale = a.scale(b);
-  cluster_wait();
-  for (int tile = rank * warps + warp; tile < tiles; tile += warps * blocks_per_row) {
-    const TileStats found = warp_tile_stats(x, tile, vocab_size, scale, kNegativeInfinity, lane);
-    if (lane < blocks_per_row) {
-      send_pair_to_block(shared + 2 * tile, pending, lane, found.largest, found.sum);
+    const Request decided = request();
+    if (a.draft_logsumexp) summaries[1] = {draft.logsumexp, nullptr, 0.0f, threshold_q, -1};
+    ends =
+        is_last || !decided.accepts_values(k, draft.id, draft.values, [&] { return draft.u; });
+    if (ends) row = decided.row(k, is_last ? kPlaceholderTokenId : draft.id);
+    if (rank == 0 && findings.verdicts) findings.verdicts[position()] = ends ? kEnds : kGoesOn;
+    if (rank == 0 && a.logsumexp) {
+      a.logsumexp[b] = summaries[0].logsumexp;
+      a.base.num_accepted[b] = 0;
     }
   }
-  if (warp != 0) return;
-  wait_for_bytes(pending);
-  const TileStats* stats = reinterpret_cast<const TileStats*>(shared);
-  const RowSummary summary =
-      warp_summarize(x, stats, scale, kNegativeInfinity, greedy && rank == 0, vocab_size, lane);
-  if (rank == 0 && lane == 0) {
-    a.logsumexp[b] = summary.logsumexp;
-    a.base.num_accepted[b] = 0;
+  __syncthreads();
+  if (!ends) return;
+  const PositionOutput output{a.base, findings, b, k};
+  draw_token<Step::kInCluster>(row, vocab_size, recovery_uniform, rank, blocks, at.sums, output);
+}
+
+// A warp a request: what it ends with at the first position that does.
+__global__ void __launch_bounds__(kMaxWarps* kWarp)
+    finish_kernel(const LogitsParams a, Findings findings) {
+  const int lane = threadIdx.x % kWarp, warps = blockDim.x / kWarp;
+  const int64_t b = static_cast<int64_t>(blockIdx.x) * warps + threadIdx.x / kWarp;
+  if (b >= a.base.batch_size) return;
+  // Before positions_kernel lets this one start it has waited for all that is read here.
+  const Request<float> request(a.base, b);
+  const int64_t spec_length = a.base.spec_length, begin = b * (spec_length + 1);
+  const int64_t early = lane < request.drafts ? request.id(lane) : kPlaceholderTokenId;
+  wait_for_launch_before();
+  int64_t accepted = 0;
+  for (unsigned all = 0; !all; accepted += kWarp) {
+    const int64_t k = accepted + lane;
+    all = __ballot_sync(kAllLanes, k >= request.drafts || findings.verdicts[begin + k] == kEnds);
+    if (all) accepted += __ffs(all) - 1 - kWarp;
   }
-  if (greedy || !has_mass(summary.logsumexp)) {
-    if (rank == 0 && lane == 0) request.store(0, summary.argmax < 0 ? 0 : summary.argmax);
-    return;
+  for (int64_t k = lane; k <= spec_length; k += kWarp) {
+    int64_t id = kPlaceholderTokenId;
+    if (k == accepted) id = findings.tokens[begin + k];
+    if (k < accepted) id = k < kWarp ? early : request.id(k);
+    request.store(k, id);
   }
-  LogitsRow<T> row = {};
-  row.p = x;
-  row.one_hot = row.fixed_token = -1;
-  row.stats = stats;
-  row.largest = summary.largest;
-  row.softmax = softmax_of(summary.logsumexp, scale, kNegativeInfinity);
-  const auto mass = [&](int tile) { return row.tile_mass(tile); };
-  const Pick tile = warp_pick_tile(mass, tiles, uniform(a.base, b, 0), lane);
-  if (tile.item / warps % blocks_per_row != rank) return;
-  const int token = warp_pick_token(row.beside_largest(), tile, vocab_size, lane);
-  if (lane == 0) request.store(0, token);
+  if (lane == 0) a.base.num_accepted[b] = static_cast<int32_t>(accepted);
 }
 
 }  // namespace
@@ -561,77 +423,61 @@ namespace fused_rejection {
 namespace {
 
 const void* const kLogitsKernels[] = {
-    reinterpret_cast<const void*>(&sample_kernel<float>),
-    reinterpret_cast<const void*>(&sample_kernel<BFloat16>),
-    reinterpret_cast<const void*>(&sample_kernel<Float16>),
-    reinterpret_cast<const void*>(&draw_kernel<float>),
-    reinterpret_cast<const void*>(&draw_kernel<BFloat16>),
-    reinterpret_cast<const void*>(&draw_kernel<Float16>),
-    reinterpret_cast<const void*>(&logits_kernel<float, Step::kInCluster, false>),
-    reinterpret_cast<const void*>(&logits_kernel<BFloat16, Step::kInCluster, false>),
-    reinterpret_cast<const void*>(&logits_kernel<Float16, Step::kInCluster, false>),
+    reinterpret_cast<const void*>(&positions_kernel<float, false>),
+    reinterpret_cast<const void*>(&positions_kernel<BFloat16, false>),
+    reinterpret_cast<const void*>(&positions_kernel<Float16, false>),
+    reinterpret_cast<const void*>(&positions_kernel<float, true>),
+    reinterpret_cast<const void*>(&positions_kernel<BFloat16, true>),
+    reinterpret_cast<const void*>(&positions_kernel<Float16, true>),
     reinterpret_cast<const void*>(&logits_kernel<float, Step::kInCluster, true>),
     reinterpret_cast<const void*>(&logits_kernel<BFloat16, Step::kInCluster, true>),
     reinterpret_cast<const void*>(&logits_kernel<Float16, Step::kInCluster, true>),
 };
 
-// A draft step: one launch does it.
-bool is_plain_sample(const LogitsParams& a, Exchange exchange) {
-  return exchange == Exchange::kCluster && a.base.spec_length == 0 && a.logsumexp &&
-         !(a.top_k || a.top_p || a.min_p);
-}
-
-int64_t positions_bytes(const LogitsParams& a) {
-  return static_cast<int64_t>(sizeof(uint64_t)) +
-         2 * num_tiles(a.base.vocab_size) * static_cast<int64_t>(sizeof(TileStats));
-}
-
-// Whether positions_kernel and draw_kernel can do it.
-bool runs_by_positions(const LogitsParams& a, Exchange exchange) {
-  return exchange == Exchange::kCluster && !is_plain_sample(a, exchange) &&
-         !a.base.block_verification && !a.filters() && positions_bytes(a) <= kDefaultSharedBytes;
-}
-
 // Blocks that share a position's rows, at least two: as many as have a tile for each warp, and as
 // long as there are not too many of them for the card to start.
 constexpr int64_t kBlocksAMultiprocessor = 9;
 
-int blocks_per_position(const LogitsParams& a, int multiprocessors) {
+int blocks_per_position(const LogitsParams& a, const Device& device) {
   const int64_t positions = num_target_rows(a.base);
   const int64_t tiles = num_tiles(a.base.vocab_size) * (num_draft_rows(a) > 0 ? 2 : 1);
   int blocks = kPortableCluster;
+  static_assert(kPortableCluster <= kLargestTeam);
+  // Beyond the portable size only where all of them run at once.
+  if (!a.filters() && device.largest_cluster == kLargestCluster &&
+      positions <= device.large_clusters[4]) {
+    blocks = kLargestCluster;
+  }
   while (blocks > 2 && (blocks / 2 * kMaxWarps >= tiles ||
-                        positions * blocks > kBlocksAMultiprocessor * multiprocessors)) {
+                        positions * blocks > kBlocksAMultiprocessor * device.multiprocessors)) {
     blocks /= 2;
   }
   return blocks;
 }
 
-constexpr int64_t kFewRows = 132;  // about the multiprocessors of a large card
-
-// The workspace: tile statistics, then Findings' rows and verdicts, or thresholds and tile sums.
+// The workspace: tile statistics, then thresholds and tile sums; or Findings' tokens and verdicts.
 struct Workspace {
-  int64_t stats_bytes, rows_bytes, verdicts_bytes, thresholds_bytes, sums_bytes;
+  int64_t stats_bytes = 0, thresholds_bytes = 0, sums_bytes = 0;
+  int64_t tokens_bytes = 0, verdicts_bytes = 0;
 
   Workspace(const LogitsParams& a, const LogitsPlan& plan) {
-    const Exchange exchange = plan.fused.exchange;
-    const bool by_positions = plan.blocks_per_position > 0;
-    const int64_t targets = num_target_rows(a.base);
-    const int64_t rows = is_plain_sample(a, exchange) ? 0
-                         : by_positions               ? targets
-                                                      : targets + num_draft_rows(a);
+    const int64_t targets = num_target_rows(a.base), rows = targets + num_draft_rows(a);
+    if (plan.blocks_per_position > 0) {
+      if (a.base.spec_length == 0) return;  // the token goes to the outputs
+      tokens_bytes = targets * static_cast<int64_t>(sizeof(int32_t));
+      verdicts_bytes = targets;
+      return;
+    }
     const int64_t tiles = num_tiles(a.base.vocab_size);
     stats_bytes = rows * tiles * static_cast<int64_t>(sizeof(TileStats));
-    rows_bytes = by_positions ? targets * static_cast<int64_t>(sizeof(LogitsRow<float>)) : 0;
-    verdicts_bytes = by_positions ? targets : 0;
     thresholds_bytes = a.filters() ? (rows + 1) / 2 * 8 : 0;
-    sums_bytes = exchange == Exchange::kWorkspace
+    sums_bytes = plan.fused.exchange == Exchange::kWorkspace
                      ? a.base.batch_size * tiles * static_cast<int64_t>(sizeof(float))
                      : 0;
   }
 
   int64_t bytes() const {
-    return stats_bytes + rows_bytes + verdicts_bytes + thresholds_bytes + sums_bytes;
+    return stats_bytes + thresholds_bytes + sums_bytes + tokens_bytes + verdicts_bytes;
   }
 };
 
@@ -643,19 +489,52 @@ int64_t table_bytes(const LogitsParams& a) {
 }
 
 int64_t cluster_bytes(const LogitsParams& a) {
-  return exchange_bytes(a.base.vocab_size) + table_bytes(a);
-}
-
-// Few rows leave multiprocessors idle: then a row has as many loads in flight as one block can
-// have.
-int threshold_warps(int64_t rows, int tiles) {
-  return std::min(std::max(tiles, 2), rows <= kFewRows ? kThresholdWarps : kMaxWarps);
+  return a.base.block_verification
+             ? exchange_bytes(a.base.vocab_size) + table_bytes(a)
+             : PositionShared::bytes(num_tiles(a.base.vocab_size), a.filters());
 }
 
 template <typename T>
 struct LaunchLogits {
-  static cudaError_t run(const LogitsParams& a, const LogitsPlan& logits_plan, char* workspace,
+  static cudaError_t run(const LogitsParams& a, const LogitsPlan& plan, char* workspace,
                          cudaStream_t stream) {
+    return plan.blocks_per_position > 0 ? by_positions(a, plan, workspace, stream)
+                                        : by_rows(a, plan, workspace, stream);
+  }
+
+ private:
+  static cudaError_t by_positions(const LogitsParams& a, const LogitsPlan& plan, char* workspace,
+                                  cudaStream_t stream) {
+    const Workspace sizes(a, plan);
+    Findings findings = {};
+    if (a.base.spec_length > 0) {
+      findings = {reinterpret_cast<int32_t*>(workspace),
+                  reinterpret_cast<uint8_t*>(workspace + sizes.tokens_bytes)};
+    }
+    if (plan.early_exit) {
+      const cudaError_t error = cudaMemsetAsync(
+          findings.verdicts, kGoesOn, static_cast<size_t>(sizes.verdicts_bytes), stream);
+      if (error != cudaSuccess) return error;
+    }
+    const int blocks = plan.blocks_per_position;
+    const cudaLaunchConfig_t config = configure(num_target_rows(a.base) * blocks,
+                                                warps_per_block(a.base.vocab_size) * kWarp, stream);
+    const auto kernel = a.filters() ? positions_kernel<T, true> : positions_kernel<T, false>;
+    const cudaError_t error =
+        launch_in_clusters(kernel, config, blocks, cluster_bytes(a), a, blocks, plan.early_exit,
+                           findings);
+    if (error != cudaSuccess || a.base.spec_length == 0) return error;
+    constexpr int requests = 4;  // a block
+    cudaLaunchConfig_t finish =
+        configure((a.base.batch_size + requests - 1) / requests, requests * kWarp, stream);
+    cudaLaunchAttribute attribute = overlapping();
+    finish.attrs = &attribute;
+    finish.numAttrs = 1;
+    return cudaLaunchKernelEx(&finish, finish_kernel, a, findings);
+  }
+
+  static cudaError_t by_rows(const LogitsParams& a, const LogitsPlan& logits_plan, char* workspace,
+                             cudaStream_t stream) {
     const Plan& plan = logits_plan.fused;
     const Workspace sizes(a, logits_plan);
     TileStats* stats = reinterpret_cast<TileStats*>(workspace);
@@ -666,41 +545,19 @@ struct LaunchLogits {
     const int tiles = num_tiles(a.base.vocab_size), warps = warps_per_block(a.base.vocab_size);
     const int threads = warps * kWarp, n = plan.blocks_per_row;
     cudaLaunchConfig_t config = configure(a.base.batch_size * n, threads, stream);
-    if (is_plain_sample(a, plan.exchange)) {
-      const size_t shared_bytes = sizeof(uint64_t) + tiles * sizeof(TileStats);
-      return launch_in_clusters(sample_kernel<T>, config, n, static_cast<int64_t>(shared_bytes), a,
-                                n);
-    }
-    if (logits_plan.blocks_per_position > 0) {
-      const int blocks = logits_plan.blocks_per_position;
-      char* rows_at = workspace + sizes.stats_bytes;
-      const Findings<T> findings{reinterpret_cast<LogitsRow<T>*>(rows_at), stats,
-                                 reinterpret_cast<uint8_t*>(rows_at + sizes.rows_bytes)};
-      const bool early_exit = logits_plan.early_exit;
-      cudaError_t error = cudaSuccess;
-      if (early_exit) {
-        error = cudaMemsetAsync(findings.verdicts, kGoesOn,
-                                static_cast<size_t>(sizes.verdicts_bytes), stream);
-      }
-      if (error == cudaSuccess) {
-        const cudaLaunchConfig_t first =
-            configure(num_target_rows(a.base) * blocks, threads, stream);
-        error = launch_in_clusters(positions_kernel<T>, first, blocks, positions_bytes(a), a,
-                                   blocks, early_exit, findings);
-      }
-      if (error != cudaSuccess) return error;
-      return launch_in_clusters(draw_kernel<T>, config, n, exchange_bytes(a.base.vocab_size), a, n,
-                                findings);
-    }
-
     cudaLaunchConfig_t pass = configure(rows * ((tiles + warps - 1) / warps), threads, stream);
     const float* no_thresholds = nullptr;
     cudaError_t error =
         cudaLaunchKernelEx(&pass, tile_stats_kernel<T>, a, rows, no_thresholds, stats);
     if (error == cudaSuccess && thresholds) {
-      cudaLaunchConfig_t search = configure(rows, threshold_warps(rows, tiles) * kWarp, stream);
+      cudaLaunchConfig_t search = configure(rows, threads, stream);
+      search.dynamicSmemBytes = sizeof(Search);
+      error = cudaFuncSetAttribute(threshold_kernel<T>, cudaFuncAttributeMaxDynamicSharedMemorySize,
+                                   static_cast<int>(sizeof(Search)));
       const TileStats* known = stats;
-      error = cudaLaunchKernelEx(&search, threshold_kernel<T>, a, known, thresholds);
+      if (error == cudaSuccess) {
+        error = cudaLaunchKernelEx(&search, threshold_kernel<T>, a, known, thresholds);
+      }
       const float* found = thresholds;
       if (error == cudaSuccess) {
         error = cudaLaunchKernelEx(&pass, tile_stats_kernel<T>, a, rows, found, stats);
@@ -709,13 +566,12 @@ struct LaunchLogits {
     if (error != cudaSuccess) return error;
     const TileStats* known = stats;
     const float* found = thresholds;
-    const bool block = a.base.block_verification;
     if (plan.exchange == Exchange::kCluster) {
-      const auto kernel = block ? logits_kernel<T, Step::kInCluster, true>
-                                : logits_kernel<T, Step::kInCluster, false>;
-      return launch_in_clusters(kernel, config, n, cluster_bytes(a), a, n, known, found, sums);
+      return launch_in_clusters(logits_kernel<T, Step::kInCluster, true>, config, n,
+                                cluster_bytes(a), a, n, known, found, sums);
     }
     config.dynamicSmemBytes = static_cast<size_t>(table_bytes(a));
+    const bool block = a.base.block_verification;
     if (!block) {
       error = cudaLaunchKernelEx(&config, logits_kernel<T, Step::kSum, false>, a, n, known, found,
                                  sums);
@@ -730,30 +586,22 @@ struct LaunchLogits {
 
 }  // namespace
 
-int plan_from_logits(const LogitsParams& a, Exchange exchange, int blocks_per_row,
-                     LogitsPlan* plan) {
+int plan_from_logits(const LogitsParams& a, Exchange exchange, int blocks, LogitsPlan* plan) {
   if (table_bytes(a) > kDefaultSharedBytes) return cudaErrorInvalidValue;
   const Device* device = nullptr;
   cudaError_t error = current_device(kLogitsKernels, &device);
   if (error == cudaSuccess) {
     error = plan_blocks(*device, a.base.batch_size, a.base.vocab_size, cluster_bytes(a), exchange,
-                        blocks_per_row, &plan->fused);
+                        blocks, &plan->fused);
   }
   if (error != cudaSuccess) return error;
-  // What blocks send to one another wants a cluster of at least two.
-  int& drawing = plan->fused.blocks_per_row;
-  if (plan->fused.exchange == Exchange::kCluster && blocks_per_row == 0) {
-    drawing = std::max(drawing, 2);
-  }
   plan->blocks_per_position = 0;
-  if (runs_by_positions(a, plan->fused.exchange)) {
-    plan->blocks_per_position = blocks_per_position(a, device->multiprocessors);
-    const int64_t blocks = num_target_rows(a.base) * plan->blocks_per_position;
-    plan->early_exit = blocks > 2 * kResidentBlocks * device->multiprocessors;
-    if (blocks_per_row == 0 && 2 * drawing <= kPortableCluster &&
-        2 * drawing * a.base.batch_size <= kResidentBlocks * device->multiprocessors) {
-      drawing *= 2;
-    }
+  if (plan->fused.exchange == Exchange::kCluster && !a.base.block_verification) {
+    plan->blocks_per_position = blocks > 0 ? blocks : blocks_per_position(a, *device);
+    // With all of them running at once there is no end to be found.
+    const int64_t all = num_target_rows(a.base) * plan->blocks_per_position;
+    plan->early_exit =
+        a.base.spec_length > 0 && all > 2 * kResidentBlocks * device->multiprocessors;
   }
   plan->workspace_bytes = Workspace(a, *plan).bytes();
   return cudaSuccess;

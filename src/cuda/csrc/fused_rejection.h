@@ -97,7 +97,9 @@ struct ProbsRow {
   const T* q;   // null where the draft is one-hot or nothing was rejected
   int one_hot;  // the index where q is 1, or -1
   static constexpr int fixed_token = -1;
+  static constexpr bool kTargetIsLogits = false;
 
+  FR_FUNCTION bool draft_is_logits() const { return false; }
   FR_FUNCTION bool from_stats() const { return false; }
   FR_FUNCTION float p_value(float p_i) const { return p_i; }
   FR_FUNCTION float q_value(float q_i) const { return q_i; }
@@ -146,7 +148,6 @@ struct ReachRow : Base {
   }
   FR_FUNCTION ReachRow from(int i) const { return {Base::from(i), reach}; }
   FR_FUNCTION ReachRow target() const { return {Base::target(), 1.0}; }
-  FR_FUNCTION auto beside_largest() const { return Base::beside_largest(); }
 };
 
 template <typename Row>

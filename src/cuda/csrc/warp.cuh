@@ -61,13 +61,25 @@ __device__ __forceinline__ void cluster_wait() {
 #endif
 }
 
-// Stores into the same shared variable of block `rank` of this cluster.
-__device__ __forceinline__ void store_to_block(float* shared, int rank, float value) {
+// Stores a value of 4 or 8 bytes into the same shared variable of block `rank` of this cluster.
+template <typename V>
+__device__ __forceinline__ void store_to_block(V* shared, int rank, V value) {
 #if __CUDA_ARCH__ >= 900
+  static_assert(sizeof(V) == 4 || sizeof(V) == 8);
   const uint32_t here = static_cast<uint32_t>(__cvta_generic_to_shared(shared));
   uint32_t there;
   asm("mapa.shared::cluster.u32 %0, %1, %2;" : "=r"(there) : "r"(here), "r"(rank));
-  asm volatile("st.shared::cluster.f32 [%0], %1;" ::"r"(there), "f"(value) : "memory");
+  if constexpr (sizeof(V) == 8) {
+    asm volatile("st.shared::cluster.u64 [%0], %1;" ::"r"(there),
+                 "l"(static_cast<uint64_t>(value))
+                 : "memory");
+  } else if constexpr (std::is_same_v<V, float>) {
+    asm volatile("st.shared::cluster.f32 [%0], %1;" ::"r"(there), "f"(value) : "memory");
+  } else {
+    asm volatile("st.shared::cluster.u32 [%0], %1;" ::"r"(there),
+                 "r"(static_cast<uint32_t>(value))
+                 : "memory");
+  }
 #endif
 }
 
@@ -188,11 +200,6 @@ constexpr int kVector = 16 / sizeof(T);  // elements of a 16-byte load
 template <typename T>
 constexpr int kVectors = kTile / (kWarp * kVector<T>);  // loads a lane makes for a tile
 
-template <typename T>
-struct alignas(16) Vector {
-  T value[kVector<T>];
-};
-
 template <typename Row>
 using ElementOf = std::remove_cv_t<std::remove_pointer_t<decltype(Row::p)>>;
 
@@ -203,178 +210,268 @@ __device__ __forceinline__ bool by_vectors(const T* p, const T* q, int vocab_siz
   return (bits & 15) == 0 && vocab_size % kVector<T> == 0;
 }
 
-// A lane's share of a tile: vectors l, l + 32, ... for lane l, so that the step w[m] + w[m + 256]
-// and the first adjacent pairs are local to it.
-template <typename T, typename Value>
-struct Share {
-  Value value[kVectors<T>][kVector<T>];
+// 16 bytes as they are loaded: unpacked, two 16-bit values would take two registers.
+struct alignas(16) Words {
+  uint32_t word[4];
+};
 
-  // Calls f(value, index from the lane's first) for each.
-  template <typename F>
-  __device__ __forceinline__ void each(const F& f) {
+// A lane's share of a tile as it was loaded: vectors l, l + 32, ... for lane l, so that the step
+// w[m] + w[m + 256] and the first adjacent pairs are local to it. It is worked on in two halves by
+// the same instructions, eight elements at a time: a warp waits longer for new instructions than
+// for most else.
+template <typename T>
+struct RawTile {
+  Words words[kVectors<T>];
+
+  static constexpr int kElements = 8, kPairs = 4;  // of a half; those 256 apart are a pair
+  static constexpr int kHalfStep = sizeof(T) == 4 ? kTile / 4 : 4;
+
+  // Where element i of a half is, from the lane's first index.
+  static __device__ constexpr int index(int half, int i) {
+    return i / kPairs * (kTile / 2) + half * kHalfStep + i % kPairs;
+  }
+
+  // Element i of the first half.
+  __device__ __forceinline__ float at(int i) const {
+    if constexpr (sizeof(T) == 4) {
+      return __uint_as_float(words[i / kPairs * 2].word[i % kPairs]);
+    } else {
+      return element(words[i / kPairs].word[i % kPairs / 2], i % 2);
+    }
+  }
+
+  // The second half becomes the first.
+  __device__ __forceinline__ void next_half() {
+    if constexpr (sizeof(T) == 4) {
+      words[0] = words[1];
+      words[2] = words[3];
+    } else {
 #pragma unroll
-    for (int j = 0; j < kVectors<T>; ++j) {
-#pragma unroll
-      for (int e = 0; e < kVector<T>; ++e) f(value[j][e], j * kWarp * kVector<T> + e);
+      for (Words& w : words) {
+        w.word[0] = w.word[2];
+        w.word[1] = w.word[3];
+      }
+    }
+  }
+
+  // Element e of a word.
+  static __device__ __forceinline__ float element(uint32_t word, int e) {
+    if constexpr (sizeof(T) == 4) {
+      return __uint_as_float(word);
+    } else {
+      return static_cast<float>(T{static_cast<uint16_t>(word >> (e * 16))});
     }
   }
 };
 
-// One warp: tile_sum of a tile of weights, in every lane.
+__device__ __forceinline__ uint32_t word_of(const float& x) {
+  uint32_t bits;
+  memcpy(&bits, &x, sizeof bits);
+  return bits;
+}
 template <typename T>
-__device__ __forceinline__ float warp_sum(Share<T, float>& w) {
-  constexpr int vector = kVector<T>, vectors = kVectors<T>;
+__device__ __forceinline__ uint32_t word_of(const T& x) {
+  return x.bits;
+}
+
+// 16 bytes one element at a time; the first `left` of them exist. Packed only once all are there.
+template <typename T>
+__device__ __forceinline__ Words load_elements(const T* from, int left, uint32_t pad) {
+  constexpr int per_word = 4 / sizeof(T), bits = 8 * sizeof(T);
+  uint32_t element[kVector<T>];
 #pragma unroll
-  for (int j = 0; j < vectors / 2; ++j) {
+  for (int e = 0; e < kVector<T>; ++e) {
+    element[e] = pad >> (32 - bits);
+    if (e < left) element[e] = word_of(read_argument(from + e));
+  }
+  Words words = {};
 #pragma unroll
-    for (int e = 0; e < vector; ++e) w.value[j][e] += w.value[j + vectors / 2][e];
+  for (int e = 0; e < kVector<T>; ++e) {
+    words.word[e / per_word] |= element[e] << (e % per_word * bits);
+  }
+  return words;
+}
+
+// One warp: reads a tile. No load waits for another. Beyond the vocabulary it has words of `pad`.
+template <typename T>
+__device__ __forceinline__ void load_tile(const T* x, int tile, int vocab_size, uint32_t pad,
+                                          int lane, RawTile<T>& raw) {
+  constexpr int step = kWarp * kVector<T>;
+  const int begin = tile * kTile + lane * kVector<T>, left = vocab_size - begin;
+  if (by_vectors<T>(x, nullptr, vocab_size)) {
 #pragma unroll
-    for (int n = vector / 2; n >= 1; n /= 2) {
+    for (int j = 0; j < kVectors<T>; ++j) {
 #pragma unroll
-      for (int e = 0; e < n; ++e) w.value[j][e] = w.value[j][2 * e] + w.value[j][2 * e + 1];
+      for (uint32_t& word : raw.words[j].word) word = pad;
+      if (j * step < left) {
+        raw.words[j] = read_argument(reinterpret_cast<const Words*>(x + begin + j * step));
+      }
+    }
+  } else {
+#pragma unroll
+    for (int j = 0; j < kVectors<T>; ++j) {
+      raw.words[j] = load_elements(x + begin + j * step, left - j * step, pad);
     }
   }
+}
+
+template <typename T>
+constexpr uint32_t kNegativeInfinityWord = 0xFF800000u;
+template <>
+constexpr uint32_t kNegativeInfinityWord<BFloat16> = 0xFF80FF80u;
+template <>
+constexpr uint32_t kNegativeInfinityWord<Float16> = 0xFC00FC00u;
+
+// What stands for a token beyond the vocabulary: one without probability.
+template <typename T>
+__device__ __forceinline__ uint32_t pad_of(bool is_logits) {
+  return is_logits ? kNegativeInfinityWord<T> : 0u;
+}
+
+// One lane: a half's part of tile_sum.
+__device__ __forceinline__ float half_sum(const float (&w)[8]) {
+  return ((w[0] + w[4]) + (w[1] + w[5])) + ((w[2] + w[6]) + (w[3] + w[7]));
+}
+
+// One warp: tile_sum, from the lanes' sums of the two halves, in every lane.
+template <typename T>
+__device__ __forceinline__ float warp_sum(float first, float second) {
+  if (sizeof(T) < 4) first += second;  // they are adjacent
 #pragma unroll
   for (int d = 1; d < kWarp; d *= 2) {
-#pragma unroll
-    for (int j = 0; j < vectors / 2; ++j) {
-      w.value[j][0] += __shfl_xor_sync(kAllLanes, w.value[j][0], d);
-    }
+    first += __shfl_xor_sync(kAllLanes, first, d);
+    if (sizeof(T) == 4) second += __shfl_xor_sync(kAllLanes, second, d);
   }
-  return vectors == 4 ? w.value[0][0] + w.value[1][0] : w.value[0][0];
+  return sizeof(T) == 4 ? first + second : first;
 }
 
-// Reads a lane's share of a tile, of which `left` elements exist from the lane's first; the others
-// become 0. No load waits for another.
-template <typename T>
-__device__ __forceinline__ void load_share(const T* from, int left, bool vectors,
-                                           Share<T, T>& share) {
-#pragma unroll
-  for (int j = 0; j < kVectors<T>; ++j) {
-    const int at = j * kWarp * kVector<T>;
-    Vector<T> v = {};
-    if (vectors) {
-      if (at < left) v = read_argument(reinterpret_cast<const Vector<T>*>(from + at));
-    } else {
-#pragma unroll
-      for (int e = 0; e < kVector<T>; ++e) {
-        if (at + e < left) v.value[e] = read_argument(from + at + e);
-      }
-    }
-#pragma unroll
-    for (int e = 0; e < kVector<T>; ++e) share.value[j][e] = v.value[e];
-  }
-}
+// Room for the weights of a tile in shared memory, a bank for each lane's span.
+constexpr int kSpanPad = 1;
+constexpr int kPaddedTile = kTile + kSpans * kSpanPad;
 
-// One warp: calls read(left, vectors) for a tile, `left` being kTile or more, at compile time, for
-// a tile that is whole.
-template <typename Read>
-__device__ __forceinline__ void read_tile(int tile, int begin, int vocab_size, bool vectors,
-                                          const Read& read) {
-  if (vectors && (tile + 1) * kTile <= vocab_size) {
-    read(kTile, true);
-  } else {
-    read(vocab_size - begin, vectors);
-  }
-}
-
-// One warp: a tile's weights, each lane its share. `vectors`: by_vectors of the row.
+// One warp: the sum of a tile's weights, in every lane; unless `weights` is null, they go there,
+// every span followed by kSpanPad.
 template <typename Row>
-__device__ __forceinline__ void load_weights(const Row& row, int tile, int vocab_size, bool vectors,
-                                             int lane, Share<ElementOf<Row>, float>& w) {
+__device__ __forceinline__ float warp_weigh_tile(const Row& row, int tile, int vocab_size, int lane,
+                                                 float* weights) {
   using T = ElementOf<Row>;
+  RawTile<T> p, q;
+  load_tile(row.p, tile, vocab_size, pad_of<T>(Row::kTargetIsLogits), lane, p);
+  if (row.q) load_tile(row.q, tile, vocab_size, pad_of<T>(row.draft_is_logits()), lane, q);
   const int begin = tile * kTile + lane * kVector<T>;
-  const Row here = row.from(begin);
-  read_tile(tile, begin, vocab_size, vectors, [&](int left, bool by_vector) {
-    Share<T, T> p, q;
-    load_share(here.p, left, by_vector, p);
-    const T* p_values = &p.value[0][0];
-    int at = 0;
-    if (here.q) {
-      load_share(here.q, left, by_vector, q);
-      const T* q_values = &q.value[0][0];
-      const auto weigh = [&](const auto& with_draft) {
-        w.each([&](float& w_i, int i) {
-          const float p_i = static_cast<float>(p_values[at]);
-          const float q_i = static_cast<float>(q_values[at]);
-          ++at;
-          w_i = i < left ? with_draft(p_i, q_i) : 0.0f;
-        });
-      };
-      if (here.is_plain()) {
-        weigh([&](float p_i, float q_i) { return here.with_plain_draft(p_i, q_i); });
-      } else {
-        weigh([&](float p_i, float q_i) { return here.with_draft(p_i, q_i); });
+  constexpr int unroll = Row::kTargetIsLogits ? 1 : 2;
+  float first = 0, second = 0;
+#pragma unroll unroll
+  for (int half = 0; half < 2; ++half) {
+    float w[RawTile<T>::kElements];
+    if (!row.q) {
+#pragma unroll
+      for (int i = 0; i < 8; ++i) {
+        w[i] = row.without_draft(p.at(i), begin + RawTile<T>::index(half, i));
       }
+    } else if (row.is_plain()) {
+#pragma unroll
+      for (int i = 0; i < 8; ++i) w[i] = row.with_plain_draft(p.at(i), q.at(i));
     } else {
-      w.each([&](float& w_i, int i) {
-        const float p_i = static_cast<float>(p_values[at++]);
-        w_i = i < left ? here.without_draft(p_i, i) : 0.0f;
-      });
+#pragma unroll
+      for (int i = 0; i < 8; ++i) w[i] = row.with_draft(p.at(i), q.at(i));
     }
-  });
+    if (weights) {
+      const int at = lane * kVector<T> + RawTile<T>::index(half, 0);
+      float* first_of = weights + at + at / (kTile / kSpans) * kSpanPad;
+#pragma unroll
+      for (int i = 0; i < 8; ++i) {
+        first_of[i % 4 + i / 4 * (kTile / 2 + kSpans / 2 * kSpanPad)] = w[i];
+      }
+    }
+    first = second;
+    second = half_sum(w);
+    p.next_half();
+    q.next_half();
+  }
+  return warp_sum<T>(first, second);
 }
 
-// One warp: brings a tile's lines of both rows into the L2 cache.
-template <typename Row>
-__device__ __forceinline__ void prefetch_tile(const Row& row, int tile, int vocab_size, int lane) {
-  using T = ElementOf<Row>;
+// One warp: brings a tile's lines of two rows, either of them null, into the L2 cache.
+template <typename T>
+__device__ __forceinline__ void prefetch_tile(const T* p, const T* q, int tile, int vocab_size,
+                                              int lane) {
   constexpr int line = 128 / sizeof(T), lines = kTile / line, half = kWarp / 2;
   static_assert(lines <= half);
-  const T* from = lane < half ? row.p : row.q;
+  const T* from = lane < half ? p : q;
   const int i = tile * kTile + lane % half * line;
   if (from && lane % half < lines && i < vocab_size) prefetch_line(from + i);
 }
 
 // One warp: inclusive_scan with a value a lane, where only the first `count` lanes' results matter.
 __device__ __forceinline__ double warp_scan(double sum, int lane, int count = kWarp) {
-#pragma unroll
-  for (int d = 1; d < kWarp; d *= 2) {
-    if (d >= count) break;
+#pragma unroll 1
+  for (int d = 1; d < count; d *= 2) {
     const double other = __shfl_up_sync(kAllLanes, sum, d);
     if (lane >= d) sum += other;
   }
   return sum;
 }
 
-struct Span {
-  int begin, end;
-};
-
-__device__ __forceinline__ Span span_of(int count, int lane) {
-  const int length = (count + kSpans - 1) / kSpans;
-  const int begin = lane * length < count ? lane * length : count;
-  return {begin, begin + length < count ? begin + length : count};
+// One lane: adjacent pairs of a span's next items, until one value is left.
+__device__ __forceinline__ double leaf_sum(const float (&weights)[kLeaves]) {
+  double w[kLeaves];
+#pragma unroll
+  for (int i = 0; i < kLeaves; ++i) w[i] = weights[i];
+#pragma unroll
+  for (int size = kLeaves / 2; size >= 1; size /= 2) {
+#pragma unroll
+    for (int i = 0; i < size; ++i) w[i] = w[2 * i] + w[2 * i + 1];
+  }
+  return w[0];
 }
 
-// One lane: a span's sum. All of a tree's items are fetched before the first is added.
-template <typename Item>
-__device__ __forceinline__ double lane_span_sum(const Span& span, const Item& item) {
+// One lane: span_sum of `count` weights. All of a tree's items are fetched before the first is
+// added.
+__device__ __forceinline__ double lane_span_sum(const float* weights, int count) {
   double sum = 0;
-  for (int first = span.begin; first < span.end; first += kLeaves) {
-    double w[kLeaves];
+#pragma unroll 1
+  for (int first = 0; first < count; first += kLeaves) {
+    float w[kLeaves];
 #pragma unroll
-    for (int i = 0; i < kLeaves; ++i) w[i] = first + i < span.end ? item(first + i) : 0;
-#pragma unroll
-    for (int size = kLeaves / 2; size >= 1; size /= 2) {
-#pragma unroll
-      for (int i = 0; i < size; ++i) w[i] = w[2 * i] + w[2 * i + 1];
-    }
-    sum += w[0];
+    for (int i = 0; i < kLeaves; ++i) w[i] = first + i < count ? weights[first + i] : 0.0f;
+    sum += leaf_sum(w);
   }
   return sum;
 }
 
+// The lanes' spans of `count` weights, each followed by `pad` places, with their sums and scan.
+struct LaneSpans {
+  int length, stride, count;
+  double sum, scan;
+
+  __device__ __forceinline__ LaneSpans(const float* weights, int all, int pad, int lane)
+      : length((all + kSpans - 1) / kSpans), stride(length + pad), count(all) {
+    sum = lane_span_sum(weights + lane * stride, items(lane));
+    scan = warp_scan(sum, lane);
+  }
+
+  // How many items a span has, none where it is 0 or less.
+  __device__ __forceinline__ int items(int span) const {
+    const int left = count - span * length;
+    return left < length ? left : length;
+  }
+
+  __device__ __forceinline__ double total() const {
+    return __shfl_sync(kAllLanes, scan, kSpans - 1);
+  }
+};
+
 // One warp: pick_in_span with an item a lane.
-template <typename Item>
-__device__ __forceinline__ Pick warp_pick_in_span(const Span& span, const Item& item, double rest,
+__device__ __forceinline__ Pick warp_pick_in_span(const float* weights, int count, double rest,
                                                   int lane) {
   Pick pick{-1, rest};
   double carry = 0;
-  for (int first = span.begin; first < span.end; first += kWarp) {
-    const int count = span.end - first;
-    const double w = lane < count ? item(first + lane) : 0;
-    const double scan = warp_scan(w, lane, count);
+#pragma unroll 1
+  for (int first = 0; first < count; first += kWarp) {
+    const int left = count - first;
+    const double w = lane < left ? weights[first + lane] : 0.0f;
+    const double scan = warp_scan(w, lane, left < kWarp ? left : kWarp);
     const double previous = __shfl_up_sync(kAllLanes, scan, 1);
     const unsigned weighted = __ballot_sync(kAllLanes, w > 0);
     const unsigned crossing = __ballot_sync(kAllLanes, w > 0 && carry + scan > rest);
@@ -389,71 +486,58 @@ __device__ __forceinline__ Pick warp_pick_in_span(const Span& span, const Item& 
   return pick;
 }
 
-// One warp: sum_spans and pick_in_spans with a lane a span. `threshold_of(total)` gives the
-// threshold.
-template <typename Item, typename ThresholdOf>
-__device__ __forceinline__ Pick warp_pick(int count, const Item& item,
-                                          const ThresholdOf& threshold_of, int lane) {
-  const double sum = lane_span_sum(span_of(count, lane), item);
-  const double scan = warp_scan(sum, lane);
-  const double threshold = threshold_of(__shfl_sync(kAllLanes, scan, kSpans - 1));
-  const unsigned weighted = __ballot_sync(kAllLanes, sum > 0);
-  const unsigned crossing = __ballot_sync(kAllLanes, sum > 0 && scan > threshold);
+// One warp: sum_spans and pick_in_spans with a lane a span. The threshold is `share` of the total,
+// or `share` itself where not `of_total`. A call, so that the second search in a row finds its
+// instructions there.
+__device__ __noinline__ Pick warp_pick(const float* weights, int count, int pad, double share,
+                                       bool of_total, int lane) {
+  const LaneSpans spans(weights, count, pad, lane);
+  const double threshold = of_total ? share * spans.total() : share;
+  const unsigned weighted = __ballot_sync(kAllLanes, spans.sum > 0);
+  const unsigned crossing = __ballot_sync(kAllLanes, spans.sum > 0 && spans.scan > threshold);
   if (!weighted) return {-1, threshold};
   const int chosen = crossing ? __ffs(crossing) - 1 : kWarp - 1 - __clz(weighted);
-  const double previous = __shfl_sync(kAllLanes, scan, chosen ? chosen - 1 : 0);
-  return warp_pick_in_span(span_of(count, chosen), item, threshold - (chosen ? previous : 0.0),
-                           lane);
+  const double previous = __shfl_sync(kAllLanes, spans.scan, chosen ? chosen - 1 : 0);
+  Pick pick = warp_pick_in_span(weights + chosen * spans.stride, spans.items(chosen),
+                                threshold - (chosen ? previous : 0.0), lane);
+  if (pick.item >= 0) pick.item += chosen * spans.length;
+  return pick;
 }
 
-// One warp: the tile to draw from, `weight_of(tile)` being the tiles' weights.
-template <typename WeightOf>
-__device__ __forceinline__ Pick warp_pick_tile(const WeightOf& weight_of, int tiles, float u,
+// One warp: the token to draw from a tile whose padded weights are there.
+__device__ __forceinline__ int warp_pick_token(const float* weights, int tile, double rest,
                                                int lane) {
-  return warp_pick(tiles, weight_of, [&](double total) { return u * total; }, lane);
+  return tile * kTile + warp_pick(weights, kTile, kSpanPad, rest, false, lane).item;
 }
 
-// One warp of the block: the token to draw from a tile. Lanes read the tile as they summed it and
-// pass it through shared memory to the spans' order.
+// One warp: the same from a row. A call, since it would take registers that a large kernel has not
+// left.
 template <typename Row>
-__device__ __forceinline__ int warp_pick_token(const Row& row, const Pick& tile, int vocab_size,
-                                               int lane) {
-  using T = ElementOf<Row>;
-  constexpr int length = kTile / kSpans;
-  __shared__ float weights[kTile + kTile / length];
-  const auto place = [](int m) { return m + m / length; };  // one bank for each lane's span
-  Share<T, float> w;
-  load_weights(row, tile.item, vocab_size, by_vectors(row.p, row.q, vocab_size), lane, w);
-  w.each([&](float w_i, int i) { weights[place(lane * kVector<T> + i)] = w_i; });
+__device__ __noinline__ int warp_draw_from_tile(const Row& row, const Pick& tile, int vocab_size,
+                                                int lane) {
+  __shared__ float weights[kPaddedTile];
+  warp_weigh_tile(row, tile.item, vocab_size, lane, weights);
   __syncwarp();
-  const auto weight_in_tile = [&](int m) { return weights[place(m)]; };
-  return tile.item * kTile +
-         warp_pick(kTile, weight_in_tile, [&](double) { return tile.rest; }, lane).item;
+  return warp_pick_token(weights, tile.item, tile.rest, lane);
 }
 
-// The same as a call: inlined, it would take registers that a large kernel has not left.
+// One warp: Spans::total of weights, in every lane.
+__device__ __forceinline__ double warp_total(const float* weights, int count, int lane) {
+  return LaneSpans(weights, count, 0, lane).total();
+}
+
+// Whether the weights of a row's tiles may be known beforehand: of logits they may.
 template <typename Row>
-__device__ __noinline__ int warp_call_pick_token(const Row& row, const Pick& tile, int vocab_size,
-                                                 int lane) {
-  return warp_pick_token(row, tile, vocab_size, lane);
-}
+constexpr bool kHasStats = requires(const Row& row) { row.tile_mass(0); };
 
-// One warp: a token of a row whose from_stats() holds; 0 where it has no mass.
+// One warp: those weights.
 template <typename Row>
-__device__ __forceinline__ int warp_draw_from_stats(const Row& row, int vocab_size, float u,
-                                                    int lane) {
-  const auto mass = [&](int tile) { return row.tile_mass(tile); };
-  const Pick tile = warp_pick_tile(mass, num_tiles(vocab_size), u, lane);
-  return tile.item < 0 ? 0 : warp_pick_token(row.beside_largest(), tile, vocab_size, lane);
-}
-
-template <typename T>
-__device__ __forceinline__ int warp_draw_from_stats(const ProbsRow<T>&, int, float, int) {
-  return 0;  // a row of probabilities has no statistics
-}
-template <typename T>
-__device__ __forceinline__ int warp_draw_from_stats(const ReachRow<ProbsRow<T>>&, int, float, int) {
-  return 0;
+__device__ __forceinline__ void warp_store_masses(const Row& row, int tiles, int lane,
+                                                  float* masses) {
+  if constexpr (kHasStats<Row>) {
+    for (int tile = lane; tile < tiles; tile += kWarp) masses[tile] = row.tile_mass(tile);
+  }
+  __syncwarp();
 }
 
 // One warp: the first draft that is not accepted, or the end of the drafts.
@@ -508,97 +592,120 @@ __device__ __forceinline__ void expect_sums(const TileSums& all, int tiles) {
   }
 }
 
-// This block's share of a row's tile sums. `tell(tile, sum)` is called by a whole warp.
-template <typename Row, typename Tell>
-__device__ __forceinline__ void sweep(const Row& row, int rank, int blocks_per_row, int vocab_size,
-                                      const Tell& tell) {
-  const int lane = threadIdx.x % kWarp, warp = threadIdx.x / kWarp, warps = blockDim.x / kWarp;
-  const int tiles = num_tiles(vocab_size);
-  const int step = warps * blocks_per_row;
-  const bool vectors = by_vectors(row.p, row.q, vocab_size);
-  // Where the card is mostly idle a second tile need not wait for the first; else it would get in
-  // the way of other warps' loads.
-  const bool ahead = gridDim.x <= kIdleGrid;
-  for (int tile = rank * warps + warp; tile < tiles; tile += step) {
-    if (ahead && tile + step < tiles) prefetch_tile(row, tile + step, vocab_size, lane);
-    Share<ElementOf<Row>, float> w;
-    load_weights(row, tile, vocab_size, vectors, lane, w);
-    tell(tile, warp_sum(w));
+// The tiles of a row that one of its blocks goes through, a warp a tile.
+struct OwnTiles {
+  int first, step;  // of this warp
+
+  __device__ __forceinline__ OwnTiles(int rank, int blocks) {
+    const int warps = static_cast<int>(blockDim.x) / kWarp;
+    first = rank * warps + static_cast<int>(threadIdx.x) / kWarp;
+    step = warps * blocks;
   }
-}
 
-// Draws and stores what follows the decision, and stores the decision. For all threads of the
-// blocks of a request, of which this one is `rank`.
-template <Step step, typename Request>
-__device__ __forceinline__ void draw_token(const Request& request,
-                                           const Decision<typename Request::Row>& decision,
-                                           const float& recovery_uniform, int rank,
-                                           int blocks_per_row, const TileSums& all) {
-  using Row = typename Request::Row;
-  __shared__ bool picked;
+  // Whether the block whose first warp this is went through the tile.
+  __device__ __forceinline__ bool of_block(int tile) const {
+    const int place = tile % step - first;
+    return place >= 0 && place < static_cast<int>(blockDim.x) / kWarp;
+  }
+};
 
-  const Params& a = *request.params;
-  const int lane = threadIdx.x % kWarp, warp = threadIdx.x / kWarp, warps = blockDim.x / kWarp;
-  const int vocab_size = static_cast<int>(a.vocab_size), tiles = num_tiles(vocab_size);
-  const bool is_last = warp == warps - 1;
-  const int64_t accepted = decision.accepted;
-  Row row = decision.row;
-  // All but the drawn token. By one warp, once it has swept: what waits for memory comes first.
-  const auto store_decision = [&] {
-    if (step == Step::kSum || rank != 0 || !is_last) return;
+// What a request's outputs are, once `accepted` drafts are.
+template <typename Request>
+struct RequestOutput {
+  const Request& request;
+  int64_t accepted;
+
+  // One warp: all but the drawn token.
+  __device__ __forceinline__ void store_decision(int lane) const {
+    const Params& a = *request.params;
     for (int64_t k = lane; k <= a.spec_length; k += kWarp) {
       if (k != accepted) request.store(k, k < accepted ? request.id(k) : kPlaceholderTokenId);
     }
     if (lane == 0) a.num_accepted[request.b] = static_cast<int32_t>(accepted);
-  };
+  }
+  __device__ __forceinline__ void store_token(int id) const { request.store(accepted, id); }
+};
+
+// Draws from a row and stores into `output`, for all threads of the blocks that share it, of which
+// this one is `rank`. `row` is in shared memory.
+template <Step step, typename Row, typename Output>
+__device__ __forceinline__ void draw_token(Row& row, int vocab_size, const float& u,
+                                           int rank, int blocks_per_row, const TileSums& all,
+                                           const Output& output) {
+  __shared__ bool picked;
+  __shared__ double rest;  // the threshold in the tile to draw from
+  __shared__ float weights[kPaddedTile];
+
+  const int lane = threadIdx.x % kWarp, warp = threadIdx.x / kWarp;
+  const int tiles = num_tiles(vocab_size);
+  const OwnTiles own(rank, blocks_per_row);
+  // By one warp, once it has swept: what waits for memory comes first.
+  const bool stores =
+      step != Step::kSum && rank == 0 && threadIdx.x / kWarp == blockDim.x / kWarp - 1;
   if (row.fixed_token >= 0) {
-    store_decision();
-    if (step != Step::kSum && rank == 0 && threadIdx.x == 0) {
-      request.store(accepted, row.fixed_token);
-    }
+    if (stores) output.store_decision(lane);
+    if (step != Step::kSum && rank == 0 && threadIdx.x == 0) output.store_token(row.fixed_token);
     return;
   }
+  // Where the card is mostly idle a second tile need not wait for the first; else it would get in
+  // the way of other warps' loads.
+  const bool ahead = gridDim.x <= kIdleGrid;
 
+#pragma unroll 1  // the second pass is rare
   for (int pass = 0; pass < 2; ++pass) {
-    if (row.from_stats()) {
-      if (pass == 0) store_decision();
-      if (step != Step::kSum && rank == 0 && warp == 0) {
-        const int token = warp_draw_from_stats(row, vocab_size, recovery_uniform, lane);
-        if (lane == 0) request.store(accepted, token);
-      }
-      return;
-    }
+    // A row of logits is read for each tile, where it is: it would take too many registers.
+    const std::conditional_t<Row::kTargetIsLogits, const Row&, const Row> here = row;
+    const bool known = here.from_stats();
     float* sums = step == Step::kInCluster ? all.sums + pass * tiles : all.sums;
-    if (step != Step::kSelect || pass > 0) {
-      sweep(row, rank, blocks_per_row, vocab_size, [&](int tile, float sum) {
-        if (step == Step::kInCluster) {
-          if (lane < blocks_per_row) send_to_block(sums + tile, all.pending + pass, lane, sum);
-        } else if (lane == 0) {
-          sums[tile] = sum;
+    const bool summed = known || (step == Step::kSelect && pass == 0);
+    int tile = summed ? tiles : own.first;
+    bool drawing = false;
+    for (;;) {
+      if (tile >= tiles) {  // all sums are under way: one warp looks for the tile to draw from
+        if (step == Step::kSum) return;
+        if (pass == 0 && stores) output.store_decision(lane);
+        if (step != Step::kInCluster && !known) __syncthreads();
+        if (warp != 0) break;
+        if (known) {
+          warp_store_masses(here, tiles, lane, sums);
+        } else if (step == Step::kInCluster) {
+          wait_for_bytes(all.pending + pass);
         }
-      });
-    }
-    if (step == Step::kSum) return;
-    if (pass == 0) store_decision();
-    if (step != Step::kInCluster) __syncthreads();
-    if (warp == 0) {
-      if (step == Step::kInCluster) wait_for_bytes(all.pending + pass);
-      const Pick tile =
-          warp_pick_tile([&](int i) { return sums[i]; }, tiles, recovery_uniform, lane);
-      if (lane == 0) picked = tile.item >= 0;
-      if (tile.item >= 0) {
+        const Pick pick = warp_pick(sums, tiles, 0, u, true, lane);
+        if (lane == 0) {
+          picked = known || pick.item >= 0;
+          rest = pick.rest;
+        }
+        if (pick.item < 0 && (known || pass == 1) && rank == 0 && lane == 0) {
+          output.store_token(0);  // p has no mass either
+        }
         // The block that summed the tile finds it in its own L1.
-        if (tile.item / warps % blocks_per_row == rank) {
-          const int token = warp_pick_token(row, tile, vocab_size, lane);
-          if (lane == 0) request.store(accepted, token);
-        }
-      } else if (pass == 1 && rank == 0 && lane == 0) {
-        request.store(accepted, 0);  // p has no mass either
+        if (pick.item < 0 || !own.of_block(pick.item)) break;
+        drawing = true;
+        tile = pick.item;
       }
+      if (ahead && !drawing && tile + own.step < tiles) {
+        prefetch_tile(here.p, here.q, tile + own.step, vocab_size, lane);
+      }
+      // In one place, so that the tile drawn from finds its instructions there.
+      const float sum = warp_weigh_tile(here, tile, vocab_size, lane, drawing ? weights : nullptr);
+      if (drawing) {
+        __syncwarp();
+        const int token = warp_pick_token(weights, tile, rest, lane);
+        if (lane == 0) output.store_token(token);
+        break;
+      }
+      if (step == Step::kInCluster) {
+        if (lane < blocks_per_row) send_to_block(sums + tile, all.pending + pass, lane, sum);
+      } else if (lane == 0) {
+        sums[tile] = sum;
+      }
+      tile += own.step;
     }
     __syncthreads();
     if (picked) return;
-    row = row.target();  // no residual: draw from p
+    if (threadIdx.x == 0) row = row.target();  // the residual has no weight: draw from p
+    __syncthreads();
   }
 }
 
@@ -624,13 +731,8 @@ __device__ __forceinline__ void sample_request(const Request& request, int rank,
   __syncthreads();
   // No block writes into another's shared memory before that block has started.
   if (step == Step::kInCluster) cluster_wait();
-  draw_token<step>(request, decision, recovery_uniform, rank, blocks_per_row, all);
-}
-
-// One warp: Spans::total of tile sums, in every lane.
-__device__ __forceinline__ double warp_total(const float* sums, int tiles, int lane) {
-  const double sum = lane_span_sum(span_of(tiles, lane), [&](int i) { return sums[i]; });
-  return __shfl_sync(kAllLanes, warp_scan(sum, lane), kSpans - 1);
+  draw_token<step>(decision.row, static_cast<int>(a.vocab_size), recovery_uniform, rank,
+                   blocks_per_row, all, RequestOutput<Request>{request, decision.accepted});
 }
 
 // One warp: the reach of every prefix, and the number of drafts. Lanes gather, all walk.
@@ -671,6 +773,7 @@ __device__ __forceinline__ void sample_block(const Request& request, int rank, i
   const int lane = threadIdx.x % kWarp, warp = threadIdx.x / kWarp;
   const int64_t b = request.b;
   const int vocab_size = static_cast<int>(a.vocab_size), tiles = num_tiles(vocab_size);
+  const OwnTiles own(rank, blocks_per_row);
 
   // The longest prefix not longer than `k` that can be accepted, and its residual.
   const auto attempt = [&](int64_t k) {
@@ -703,13 +806,15 @@ __device__ __forceinline__ void sample_block(const Request& request, int rank, i
     float* sums = step == Step::kInCluster ? all_sums + (pass & 1) * tiles : all_sums;
     const bool swept = shared_row.fixed_token < 0 && !shared_row.from_stats();
     if (swept) {
-      sweep(Row(shared_row), rank, blocks_per_row, vocab_size, [&](int tile, float sum) {
+      const Row row = shared_row;
+      for (int tile = own.first; tile < tiles; tile += own.step) {
+        const float sum = warp_weigh_tile(row, tile, vocab_size, lane, nullptr);
         if (step == Step::kInCluster) {
           if (lane < blocks_per_row) store_to_block(sums + tile, lane, sum);
         } else if (lane == 0) {
           sums[tile] = sum;
         }
-      });
+      }
     }
     if (step == Step::kInCluster) {
       cluster_arrive();
@@ -719,28 +824,24 @@ __device__ __forceinline__ void sample_block(const Request& request, int rank, i
     }
     if (warp == 0) {
       const Row row = shared_row;
-      const bool at_target = from_target;
+      const bool at_target = from_target, known = row.from_stats();
       const double total = swept ? warp_total(sums, tiles, lane) : 0.0;
       const int64_t k = prefix;
       const bool passes = tested || uniform(a, b, k - 1) < share_of(total, reach[k]);
       __syncwarp();
       int token = row.fixed_token;
-      bool mine = rank == 0;
-      if (row.from_stats() && token < 0) {
-        if (mine) token = warp_draw_from_stats(row, vocab_size, recovery_uniform, lane);
-      } else if (passes && token < 0) {
-        const Pick tile =
-            warp_pick_tile([&](int i) { return sums[i]; }, tiles, recovery_uniform, lane);
+      bool mine = rank == 0 && passes;
+      if (token < 0 && passes) {
+        if (known) warp_store_masses(row, tiles, lane, sums);
+        const Pick tile = warp_pick(sums, tiles, 0, recovery_uniform, true, lane);
         if (tile.item >= 0) {
-          mine = tile.item / static_cast<int>(blockDim.x / kWarp) % blocks_per_row == rank;
-          if (mine) token = warp_call_pick_token(shared_row, tile, vocab_size, lane);
-        } else if (at_target) {
+          mine = own.of_block(tile.item);
+          if (mine) token = warp_draw_from_tile(shared_row, tile, vocab_size, lane);
+        } else if (known || at_target) {
           token = 0;  // p has no mass either
         } else {
           mine = false;
         }
-      } else if (!passes) {
-        mine = false;
       }
       __syncwarp();
       if (lane == 0) {

@@ -1,0 +1,166 @@
+// Tiles of logits: how a warp reads one, what it makes of it, and what the tiles' statistics say
+// about their row.
+#pragma once
+
+#include "from_logits.h"
+#include "warp.cuh"
+
+namespace fused_rejection {
+namespace {
+
+// The larger of two words, of their one float or of each of their two 16-bit ones; of a NaN and a
+// number the number.
+template <typename T>
+__device__ __forceinline__ uint32_t max_of(uint32_t a, uint32_t b) {
+  uint32_t most = 0;
+  if constexpr (sizeof(T) == 4) {
+    most = bits_of(fmaxf(float_from_bits(a), float_from_bits(b)));
+  } else {
+#ifdef FR_EMULATION
+    for (int half = 0; half < 32; half += 16) {
+      const T x{static_cast<uint16_t>(a >> half)}, y{static_cast<uint16_t>(b >> half)};
+      const float x_f = static_cast<float>(x), y_f = static_cast<float>(y);
+      most |= static_cast<uint32_t>((x_f >= y_f || y_f != y_f ? x : y).bits) << half;
+    }
+#else
+    if constexpr (std::is_same_v<T, BFloat16>) {
+      asm("max.bf16x2 %0, %1, %2;" : "=r"(most) : "r"(a), "r"(b));
+    } else {
+      asm("max.f16x2 %0, %1, %2;" : "=r"(most) : "r"(a), "r"(b));
+    }
+#endif
+  }
+  return most;
+}
+
+// One lane: the largest logit of its share of a tile; a NaN is left out, so that it is -inf where
+// there is nothing else.
+template <typename T>
+__device__ __forceinline__ float largest_of(const RawTile<T>& raw) {
+  uint32_t most = raw.words[0].word[0];
+#pragma unroll
+  for (int i = 1; i < 4 * kVectors<T>; ++i) most = max_of<T>(most, raw.words[i / 4].word[i % 4]);
+  float found = fmaxf(kNegativeInfinity, RawTile<T>::element(most, 0));
+  if (sizeof(T) < 4) found = fmaxf(found, RawTile<T>::element(most, 1));
+  return found;
+}
+
+// One warp: the largest of the lanes' values, none of them NaN, in every lane.
+__device__ __forceinline__ float warp_max(float value) {
+  // Floats as integers of the same order, which a warp compares in one instruction.
+  const int bits = static_cast<int>(bits_of(value));
+  const int most = __reduce_max_sync(kAllLanes, bits ^ (bits >> 31 & 0x7FFFFFFF));
+  return float_from_bits(static_cast<uint32_t>(most ^ (most >> 31 & 0x7FFFFFFF)));
+}
+
+// One warp: the statistics of a tile's logits that are kept, in every lane.
+template <typename T>
+__device__ __forceinline__ TileStats warp_tile_stats(RawTile<T> raw, float scale,
+                                                     float threshold) {
+  // What is below the threshold matters only where nothing reaches it.
+  float largest = warp_max(largest_of(raw));
+  if (!(largest >= threshold) || !(largest > kNegativeInfinity)) return {kNegativeInfinity, 0.0f};
+  if (largest > kLargestFloat) largest = kLargestFloat;
+  const float product = largest * scale, anchor = whole(product);
+  const bool wide = is_wide(product), kept = threshold > kNegativeInfinity;
+  float first = 0.0f, second = 0.0f;
+#pragma unroll 1
+  for (int half = 0; half < 2; ++half) {
+    float w[RawTile<T>::kElements];
+#pragma unroll
+    for (int i = 0; i < 8; ++i) w[i] = raw.at(i);
+    if (kept) {
+#pragma unroll
+      for (float& w_i : w) w_i = w_i >= threshold ? w_i : kNegativeInfinity;
+    }
+    if (wide) {
+#pragma unroll
+      for (float& w_i : w) w_i = (finite_logit(w_i) - largest) * scale;
+    } else {
+#pragma unroll
+      for (float& w_i : w) w_i = fmaf(w_i, scale, -anchor);
+    }
+#pragma unroll
+    for (float& w_i : w) w_i = exp2_portable(w_i);  // 0 for a NaN
+    first = second;
+    second = half_sum(w);
+    raw.next_half();
+  }
+  return {largest, warp_sum<T>(first, second)};
+}
+
+template <typename T>
+__device__ __forceinline__ TileStats warp_tile_stats(const T* x, int tile, int vocab_size,
+                                                     float scale, float threshold, int lane) {
+  RawTile<T> raw;
+  load_tile(x, tile, vocab_size, kNegativeInfinityWord<T>, lane, raw);
+  return warp_tile_stats(raw, scale, threshold);
+}
+
+// One warp: the largest logit of a row.
+__device__ __forceinline__ float warp_largest(const TileStats* stats, int tiles, int lane) {
+  float largest = kNegativeInfinity;
+  for (int tile = lane; tile < tiles; tile += kWarp) {
+    largest = stats[tile].largest > largest ? stats[tile].largest : largest;
+  }
+  return warp_max(largest);
+}
+
+// One warp: the sum of a row's weights beside its largest logit.
+__device__ __forceinline__ double warp_row_sum(const TileStats* stats, float largest, float scale,
+                                               int tiles, int lane) {
+  const int length = (tiles + kSpans - 1) / kSpans, left = tiles - lane * length;
+  const TileStats* own = stats + lane * length;
+  double sum = 0;
+#pragma unroll 1
+  for (int first = 0; first < (left < length ? left : length); first += kLeaves) {
+    float w[kLeaves];
+#pragma unroll
+    for (int i = 0; i < kLeaves; ++i) {
+      const bool is_there = first + i < length && first + i < left;
+      w[i] = is_there ? tile_weight(own[first + i], largest, scale) : 0.0f;
+    }
+    sum += leaf_sum(w);
+  }
+  return __shfl_sync(kAllLanes, warp_scan(sum, lane), kSpans - 1);
+}
+
+// One warp: the first index whose logit is `largest`.
+template <typename T>
+__device__ int warp_argmax(const T* x, const TileStats* stats, float largest, int vocab_size,
+                           int lane) {
+  if (!(largest > kNegativeInfinity)) return -1;
+  const int tiles = num_tiles(vocab_size);
+  int tile = 0;
+  for (;; tile += kWarp) {
+    const int t = tile + lane;
+    const unsigned hits = __ballot_sync(kAllLanes, t < tiles && stats[t].largest == largest);
+    if (!hits) continue;
+    tile += __ffs(hits) - 1;
+    break;
+  }
+  for (int first = tile * kTile;; first += kWarp) {
+    const int i = first + lane;
+    const bool hit =
+        i < vocab_size && finite_logit(static_cast<float>(read_argument(x + i))) == largest;
+    const unsigned hits = __ballot_sync(kAllLanes, hit);
+    if (hits) return first + __ffs(hits) - 1;
+  }
+}
+
+// One warp: a row's summary, in every lane.
+template <typename T>
+__device__ RowSummary warp_summarize(const T* x, const TileStats* stats, float scale,
+                                     float threshold, bool greedy, int vocab_size, int lane) {
+  const int tiles = num_tiles(vocab_size);
+  const float largest = warp_largest(stats, tiles, lane);
+  if (greedy) {
+    const int argmax = warp_argmax(x, stats, largest, vocab_size, lane);
+    return {largest, stats, largest, kNegativeInfinity, argmax};
+  }
+  const double sum = warp_row_sum(stats, largest, scale, tiles, lane);
+  return {logsumexp_of(sum, largest, scale), stats, largest, threshold, -1};
+}
+
+}  // namespace
+}  // namespace fused_rejection
