@@ -85,6 +85,22 @@ def test_from_logits_emits_the_cpp_kernels_tokens_bit_for_bit(vocab_size, which,
         assert torch.equal(ours.cpu(), cpp)
 
 
+# Batches from few blocks that all run at once to more than do.
+@pytest.mark.parametrize("which", ["plain", "top-k", "all"])
+@pytest.mark.parametrize("batch_size, vocab_size", [(1, 128256), (24, 128256), (90, 20000)])
+def test_from_logits_every_way_of_sharing_positions(batch_size, vocab_size, which):
+    case = make_logits_case(batch_size, 5, vocab_size, dtype=torch.bfloat16)
+    case["draft_logits"][::3] = case["target_logits"][::3, :5]  # accepted to the end
+    for name, values in parameters(which).items():
+        case[name] = values.repeat(-(-batch_size // 4))[:batch_size]
+    expected = from_logits.get("cpp").load("cpu").rejection_sample_from_logits(**case)
+    output = (
+        from_logits.get("cuda").load("cuda").rejection_sample_from_logits(**to_device(case, "cuda"))
+    )
+    for ours, cpp in zip(output, expected, strict=True):
+        assert torch.equal(ours.cpu(), cpp)
+
+
 @pytest.mark.parametrize("which", PARAMETERS)
 def test_sampling_gives_the_cpp_kernels_tokens_and_logsumexp_bit_for_bit(which):
     logits = make_logits_case(4, 0, 128256, dtype=torch.bfloat16)["target_logits"][:, 0]

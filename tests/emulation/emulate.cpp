@@ -79,8 +79,8 @@ extern "C" int emulate_tile_sums(const float* p, const float* q, int64_t vocab_s
   const auto sum = [&] {
     for (int64_t tile = 0; tile < tiles; ++tile) {
       const int lane = static_cast<int>(threadIdx.x);
-      by_warp[tile] = warp_weigh_tile(row, static_cast<int>(tile), static_cast<int>(vocab_size),
-                                      lane, nullptr);
+      by_warp[tile] =
+          warp_weigh_tile(row, static_cast<int>(tile), static_cast<int>(vocab_size), lane, nullptr);
     }
   };
   try {
@@ -103,18 +103,39 @@ void run_logits(const LogitsParams& a, int kernel, int n, bool early_exit, unsig
   const bool block = a.base.block_verification;
   if (kernel == 1 && !block) {  // as launch_from_logits chooses
     std::vector<int32_t> tokens(targets, -77);
+    std::vector<LogitsRow<T>> drawn_from(targets);
+    std::vector<TileStats> kept_stats(targets * tiles, TileStats{NAN, NAN});
     std::vector<uint8_t> verdicts(targets, early_exit ? kGoesOn : 0xFF);
-    Findings findings = {};
-    if (a.base.spec_length > 0) findings = {tokens.data(), verdicts.data()};
+    const bool keeps = seed % 2 == 0;
+    Findings<T> findings = {};
+    if (a.base.spec_length > 0) {
+      findings.verdicts = verdicts.data();
+      if (early_exit) {
+        findings.rows = drawn_from.data();
+        findings.stats = kept_stats.data();
+      } else {
+        findings.tokens = tokens.data();
+      }
+    }
+    const int kept = keeps ? (tiles + warps * n - 1) / (warps * n) * warps : 0;
     const auto decide = [&] {
-      a.filters() ? positions_kernel<T, true>(a, n, early_exit, findings)
-                  : positions_kernel<T, false>(a, n, early_exit, findings);
+      a.filters() ? positions_kernel<T, true>(a, n, early_exit, keeps, findings)
+                  : positions_kernel<T, false>(a, n, early_exit, keeps, findings);
     };
-    const size_t shared = PositionShared::bytes(tiles, a.filters()) / sizeof(float);
-    emulation::launch(static_cast<int>(targets) * n, threads, n, shared, decide, seed);
+    const size_t shared = PositionShared::bytes(tiles, a.filters(), kept) / sizeof(float);
+    const int positions = static_cast<int>(a.base.spec_length) + 1;
+    emulation::launch(static_cast<int>(batch_size) * n, threads, n, shared, decide, seed,
+                      positions);
     if (a.base.spec_length == 0) return;
+    if (early_exit) {
+      const auto draw = [&] { draw_kernel<T>(a, n, findings); };
+      emulation::launch(static_cast<int>(batch_size) * n, threads, n, exchange_floats(tiles), draw,
+                        seed);
+      return;
+    }
     const int blocks = static_cast<int>(batch_size + 1) / 2;
-    emulation::launch(blocks, 2 * kWarp, 1, 0, [&] { finish_kernel(a, findings); }, seed);
+    const auto finish = [&] { finish_kernel(a, verdicts.data(), tokens.data()); };
+    emulation::launch(blocks, 2 * kWarp, 1, 0, finish, seed);
     return;
   }
   std::vector<TileStats> stats(rows * tiles, TileStats{NAN, NAN});

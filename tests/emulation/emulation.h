@@ -34,7 +34,7 @@
 namespace emulation {
 
 struct Dim {
-  unsigned x = 1;
+  unsigned x = 1, y = 1;
 };
 
 struct Rendezvous {
@@ -160,11 +160,11 @@ inline void run_block(Block& b, const std::function<void()>& kernel, unsigned se
   }
 }
 
-// Runs `kernel` in every thread of a grid of clusters, one cluster after the other. `shared_floats`
-// of dynamic shared memory a block start as NaN.
+// Runs `kernel` in every thread of a grid of `rows` times `blocks` blocks, in clusters, one cluster
+// after the other. `shared_floats` of dynamic shared memory a block start as NaN.
 inline void launch(int blocks, int threads, int cluster_size, size_t shared_floats,
-                   const std::function<void()>& kernel, unsigned seed) {
-  for (int first = 0; first < blocks; first += cluster_size) {
+                   const std::function<void()>& kernel, unsigned seed, int rows = 1) {
+  for (int first = 0; first < rows * blocks; first += cluster_size) {
     Cluster cluster;
     cluster.threads = threads * cluster_size;
     cluster.shared.assign(
@@ -173,12 +173,15 @@ inline void launch(int blocks, int threads, int cluster_size, size_t shared_floa
     std::vector<std::thread> workers;
     for (int rank = 0; rank < cluster_size; ++rank) {
       Block& b = running[rank];
-      b.index.x = static_cast<unsigned>(first + rank);
+      b.index.x = static_cast<unsigned>((first + rank) % blocks);
+      b.index.y = static_cast<unsigned>((first + rank) / blocks);
       b.size.x = static_cast<unsigned>(threads);
       b.grid.x = static_cast<unsigned>(blocks);
+      b.grid.y = static_cast<unsigned>(rows);
       b.rank = rank;
       b.cluster = &cluster;
-      workers.emplace_back([&b, &kernel, seed] { run_block(b, kernel, seed + b.index.x); });
+      workers.emplace_back(
+          [&b, &kernel, seed] { run_block(b, kernel, seed + b.index.x + 977 * b.index.y); });
     }
     for (std::thread& worker : workers) worker.join();
     if (cluster.failed) throw std::runtime_error("the emulated kernel does not end");
@@ -255,6 +258,7 @@ inline unsigned cluster_rank() { return emulation::block().rank; }
 inline unsigned cluster_index() {
   return emulation::block().index.x / emulation::block().cluster->shared.size();
 }
+inline unsigned grid_row() { return emulation::block().index.y; }
 inline void cluster_arrive() {
   emulation::Cluster& cluster = *emulation::block().cluster;
   emulation::fiber().cluster_generation = cluster.generation;

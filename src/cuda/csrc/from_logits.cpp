@@ -64,8 +64,8 @@ TileStats tile_stats(const T* x, int tile, int vocab_size, float scale, float th
   return {largest, tile_sum([&](int m) { return w[m]; })};
 }
 
-// `sum`: of the row's tiles' weights. The same wherever it is searched for: a mass is an integer, and
-// the share of top-p is of `sum`, or after top-k of the masses that it left.
+// `sum`: of the row's tiles' weights. The same wherever it is searched for: a mass is an integer,
+// and the share of top-p is of `sum`, or after top-k of the masses that it left.
 template <typename T>
 float find_threshold(const LogitsParams& a, int64_t b, const T* x, float largest, float scale,
                      double sum) {

@@ -199,13 +199,12 @@ struct TileStats {
 
 // The weight of a tile beside the row's largest logit: exact, but where it underflows or is wide.
 FR_FUNCTION float tile_weight(const TileStats& tile, float largest, float scale) {
-  if (!(tile.largest > kNegativeInfinity)) return 0.0f;
   const float product = largest * scale;
-  float octaves = whole(tile.largest * scale) - whole(product);
   if (is_wide(product)) {
-    octaves = static_cast<float>(anchor_of(tile.largest, scale) - anchor_of(largest, scale));
-    return tile.sum * exp2_portable(octaves);
+    const double octaves = anchor_of(tile.largest, scale) - anchor_of(largest, scale);
+    return tile.sum * exp2_portable(static_cast<float>(octaves));
   }
+  const float octaves = whole(tile.largest * scale) - whole(product);
   return tile.sum * times_power(1.0f, at_least(octaves, -127.0f) + kRoundingShift);  // 0 at -127
 }
 
@@ -493,7 +492,8 @@ FR_HOST_DEVICE constexpr int64_t num_draft_rows(const LogitsParams& a) {
 struct LogitsPlan {
   Plan fused;
   // In clusters, but for block verification: how many blocks share a position's rows, and whether
-  // later positions look for an end before they read. 0: all rows in a launch before.
+  // later positions look for an end before they read, and a launch of its own draws. 0: all rows in
+  // a launch before.
   int blocks_per_position;
   bool early_exit;
   int64_t workspace_bytes;  // uninitialised device memory that launch_from_logits wants

@@ -1,9 +1,10 @@
-// The CUDA kernels on logits. In clusters two launches: positions_kernel, a cluster a position, reads
-// its rows, decides, and draws where the request would end there; finish_kernel takes the first
-// position that ends each request. For block verification, and on cards without clusters: a pass
-// over all rows (a warp a tile), with filters a search for each row's threshold and a second pass
-// over what it keeps, and the fused kernel of warp.cuh, which finishes the rows' sums, decides, and
-// draws.
+// The CUDA kernels on logits. In clusters two launches: positions_kernel, a cluster a position,
+// reads its rows and decides whether the request would end there. Where all clusters run at once
+// they also draw, and finish_kernel takes the first position that ends each request; else
+// draw_kernel draws there, a cluster a request. For block verification, and on cards without
+// clusters: a pass over all rows (a warp a tile), with filters a search for each row's threshold
+// and a second pass over what it keeps, and the fused kernel of warp.cuh, which finishes the rows'
+// sums, decides, and draws.
 #include "from_logits.h"
 #include "threshold.cuh"
 #include "tiles.cuh"
@@ -72,9 +73,10 @@ __global__ void __launch_bounds__(kMaxWarps* kWarp)
   const LogitsRowAt<T> at = locate_row<T>(a, row);
   if (!at.x) return;
   const int vocab_size = static_cast<int>(a.base.vocab_size);
+  int exchange = 0;
   const float threshold =
       find_threshold(*reinterpret_cast<Search*>(shared), Team{0, 1}, Filters(a, at.b), at.x,
-                     stats + row * num_tiles(vocab_size), vocab_size);
+                     stats + row * num_tiles(vocab_size), vocab_size, &exchange);
   if (threadIdx.x == 0) thresholds[row] = threshold;
 }
 
@@ -148,71 +150,82 @@ __global__ void __launch_bounds__(kMaxWarps* kWarp, 1)
   }
 }
 
-// ---- In clusters. Every position of every request has a cluster of blocks: they share out the tiles
-// of its target row, and of its draft row where that is needed, tell one another the tiles'
-// statistics, and then each knows whether the request would end here. If so they draw, from rows
-// that they have just read; if a position before it ends the request too, for nothing. First
-// positions come first, so that where not all blocks run at once, those behind a known end find it
-// and read nothing.
+// ---- In clusters. Every position of every request has a cluster of blocks: they share out the
+// tiles of its target row, and of its draft row where that is needed, tell one another the tiles'
+// statistics, and then each knows whether the request would end here. First positions come first,
+// so that where not all blocks run at once, those behind a known end find it when they start, and
+// leave. Where all do, they draw at once, from rows that they have just read; if a position before
+// it ends the request too, for nothing.
 
-// What positions leave to finish_kernel, in global memory [B][K + 1]; null where K is 0.
+// What positions leave to the next launch, in global memory [B][K + 1]; null where K is 0.
+template <typename T>
 struct Findings {
-  int32_t* tokens;    // drawn where the position would end its request
-  uint8_t* verdicts;  // kGoesOn or kEnds
+  uint8_t* verdicts;   // kGoesOn or kEnds
+  int32_t* tokens;     // drawn where the position would end its request, or, where null:
+  LogitsRow<T>* rows;  // what to draw from there
+  TileStats* stats;    // [B][K + 1][tiles], of the target's rows
 };
 
 constexpr uint8_t kGoesOn = 0, kEnds = 1;
-
-// What blocks send in place of statistics once they have seen that the request has ended.
-constexpr float kCut = -1.0f;
 
 struct DraftToken {
   int64_t id;
   float u;
   DraftValues values;
-  double logsumexp;
 };
 
 // The summaries of one position, of the target's row and the draft's.
 struct PositionSummaries {
   const RowSummary* rows;
+  const RowSummary* given = nullptr;  // the draft's, where its logsumexp was
+  float threshold = kNegativeInfinity;
 
   __device__ RowSummary target(int64_t) const { return rows[0]; }
-  __device__ RowSummary draft(int64_t) const { return rows[1]; }
+  __device__ RowSummary draft(int64_t) const {
+    if (!given) return rows[1];
+    RowSummary summary = *given;
+    summary.threshold = threshold;
+    return summary;
+  }
 };
 
 // A block's dynamic shared memory, which the cluster's others send into.
 struct PositionShared {
-  uint64_t* pending;  // of statistics, of those of what filters keep, and of TileSums
+  uint64_t* pending;  // of statistics, of those of what filters keep, of TileSums, of is_over
+  float* is_over;     // whether the request has ended before this position
   TileSums sums;
   TileStats* stats;  // [2][tiles]: the target's row, the draft's
-  Search* search;
+  Search* search;    // where there are filters
+  float* kept;       // the weights of `slots` tiles
 
-  static constexpr int kBarriers = 4;
+  static constexpr int kWords = 6;  // five barriers, and is_over
 
-  FR_HOST_DEVICE static constexpr int64_t bytes(int64_t tiles, bool filtered) {
+  FR_HOST_DEVICE static constexpr int64_t bytes(int64_t tiles, bool filtered, int slots) {
     const int64_t exchanged = 2 * tiles * static_cast<int64_t>(sizeof(float) + sizeof(TileStats));
-    return kBarriers * static_cast<int64_t>(sizeof(uint64_t)) + exchanged +
-           (filtered ? static_cast<int64_t>(sizeof(Search)) : 0);
+    return kWords * static_cast<int64_t>(sizeof(uint64_t)) + exchanged +
+           (filtered ? static_cast<int64_t>(sizeof(Search)) : 0) +
+           slots * kPaddedTile * static_cast<int64_t>(sizeof(float));
   }
 
-  __device__ PositionShared(uint64_t* shared, int tiles)
+  __device__ PositionShared(uint64_t* shared, int tiles, bool filtered)
       : pending(shared),
-        sums{reinterpret_cast<float*>(shared + kBarriers), shared + 2},
+        is_over(reinterpret_cast<float*>(shared + 5)),
+        sums{reinterpret_cast<float*>(shared + kWords), shared + 2},
         stats(reinterpret_cast<TileStats*>(sums.sums + 2 * tiles)),
-        search(reinterpret_cast<Search*>(stats + 2 * tiles)) {}
+        search(reinterpret_cast<Search*>(stats + 2 * tiles)),
+        kept(reinterpret_cast<float*>(search + (filtered ? 1 : 0))) {}
 };
 
 // A position's token goes to the findings, or to the outputs of a request without drafts.
 struct PositionOutput {
   const Params& a;
-  const Findings& findings;
+  int32_t* tokens;
   unsigned b, k;
 
   __device__ __forceinline__ void store_decision(int) const {}
   __device__ __forceinline__ void store_token(int id) const {
-    if (findings.tokens) {
-      findings.tokens[static_cast<int64_t>(b) * (a.spec_length + 1) + k] = id;
+    if (tokens) {
+      tokens[static_cast<int64_t>(b) * (a.spec_length + 1) + k] = id;
     } else if (a.ids_are_int64) {
       static_cast<int64_t*>(a.token_ids)[b] = id;
     } else {
@@ -221,23 +234,16 @@ struct PositionOutput {
   }
 };
 
-// One warp: whether a position before k is known to end the request. Only a hint: what other blocks
-// find is seen late or not at all.
-__device__ __forceinline__ bool warp_is_over(const volatile uint8_t* verdicts, int64_t k,
-                                             int lane) {
-  for (int64_t first = 0; first < k; first += kWarp) {
+// One warp: whether a position before k is known to end the request. Only a hint: what other
+// clusters find is seen late or not at all.
+__device__ __forceinline__ bool warp_is_over(const volatile uint8_t* verdicts, unsigned k,
+                                             unsigned lane) {
+#pragma unroll 1
+  for (unsigned first = 0; first < k; first += kWarp) {
     const bool ends = first + lane < k && verdicts[first + lane] == kEnds;
     if (__ballot_sync(kAllLanes, ends)) return true;
   }
   return false;
-}
-
-// One warp: whether a block of the cluster cut a row's statistics short. All blocks were sent the
-// same, so that all leave together.
-__device__ __forceinline__ bool warp_is_cut(const TileStats* stats, int tiles, int lane) {
-  bool cut = false;
-  for (int tile = lane; tile < tiles; tile += kWarp) cut |= stats[tile].sum < 0.0f;
-  return __ballot_sync(kAllLanes, cut) != 0;
 }
 
 // How many blocks a multiprocessor has registers for. The search for thresholds wants many, and so
@@ -247,59 +253,70 @@ constexpr int kResidentPositions = filtered || sizeof(T) == 4 ? 1 : kResidentBlo
 
 template <typename T, bool filtered>
 __global__ void __launch_bounds__(kMaxWarps* kWarp, kResidentPositions<T, filtered>)
-    positions_kernel(const LogitsParams a, int blocks, bool early_exit, Findings findings) {
+    positions_kernel(const LogitsParams a, int blocks, bool early_exit, bool keeps,
+                     Findings<T> findings) {
   using Request = LogitsRequest<T, PositionSummaries>;
-  __shared__ RowSummary summaries[2];
+  __shared__ RowSummary summaries[2], given;
   __shared__ DraftToken draft;
   __shared__ LogitsRow<T> row;
   __shared__ float recovery_uniform;
-  __shared__ bool is_cut[2], ends;
+  __shared__ bool ends;
   FR_DYNAMIC_SHARED(uint64_t, shared);
 
   wait_for_launch_before();
-  allow_next_launch();
   const int lane = threadIdx.x % kWarp, warp = threadIdx.x / kWarp, warps = blockDim.x / kWarp;
-  const auto [cluster, rank] = place_of<Step::kInCluster>(blocks);
+  const int rank = static_cast<int>(cluster_rank());
   // 32 bits hold them, as the grid does, and take half the registers.
-  const unsigned batch_size = static_cast<unsigned>(a.base.batch_size);
-  const unsigned k = static_cast<unsigned>(cluster) / batch_size;
-  const unsigned b = static_cast<unsigned>(cluster) % batch_size;
+  const unsigned b = cluster_index(), k = grid_row();
   const unsigned spec_length = static_cast<unsigned>(a.base.spec_length);
-  const auto position = [&] { return static_cast<int64_t>(b) * (spec_length + 1) + k; };
   const int vocab_size = static_cast<int>(a.base.vocab_size), tiles = num_tiles(vocab_size);
-  // Made anew where it is used: kept, it would take registers that the loops want.
-  const auto request = [&] { return Request(a, b, {summaries}); };
-  const bool is_last = k >= request().drafts, greedy = a.is_greedy(b);
-  if (k > 0 && k > request().drafts) return;
-  const T *x_p = request().target_row(k), *x_q = is_last ? nullptr : request().draft_row(k);
+  const int first = rank * warps + warp, step = warps * blocks;
+  const T* x_p = static_cast<const T*>(a.base.target_probs) + b * a.base.target_row_stride +
+                 k * a.base.target_position_stride;
+  const T* x_q = nullptr;
+  const auto load = [&](int i, RawTile<T>& raw) {
+    load_tile(i < tiles ? x_p : x_q, i < tiles ? i : i - tiles, vocab_size,
+              kNegativeInfinityWord<T>, lane, raw);
+  };
+  RawTile<T> raw;
+  if (first < tiles) load(first, raw);
+
+  allow_next_launch();
+  int drafts = static_cast<int>(spec_length);
+  if (a.base.num_draft_tokens)
+    drafts = a.base.num_draft_tokens[b] < drafts ? a.base.num_draft_tokens[b] : drafts;
+  const bool is_last = static_cast<int>(k) >= drafts, greedy = a.is_greedy(b);
+  if (k > 0 && static_cast<int>(k) > drafts) return;
+  if (!is_last && a.base.draft_probs) {
+    x_q = static_cast<const T*>(a.base.draft_probs) + b * a.base.draft_row_stride +
+          k * a.base.draft_position_stride;
+  }
   const float scale = a.scale(b);
   const int rows = num_draft_rows(a) > 0 && !greedy && !is_last ? 2 : 1;
-  const int first = rank * warps + warp, step = warps * blocks;
-  const PositionShared at(shared, tiles);
+  if (first >= tiles && first < rows * tiles) load(first, raw);
+  const PositionShared at(shared, tiles, filtered);
   if (threadIdx.x == 0) {
     for (int pass = 0; pass < (filtered ? 2 : 1); ++pass) {
       expect_bytes(at.pending + pass, rows * tiles * static_cast<int>(sizeof(TileStats)));
     }
     expect_sums(at.sums, tiles);
+    expect_bytes(at.pending + 4, static_cast<int>(sizeof(float)));
   }
   __syncwarp();
   cluster_start();
+  float is_over = 0.0f;
+  if (early_exit && rank == 0 && warp == 0) {
+    const int64_t begin = static_cast<int64_t>(b) * (spec_length + 1);
+    is_over = warp_is_over(findings.verdicts + begin, k, lane) ? 1.0f : 0.0f;
+  }
 
-  const auto looks_over = [&] {
-    return early_exit && warp_is_over(findings.verdicts + position() - k, k, lane);
-  };
-  const auto load = [&](int i, RawTile<T>& raw) {
-    load_tile(i < tiles ? x_p : x_q, i < tiles ? i : i - tiles, vocab_size,
-              kNegativeInfinityWord<T>, lane, raw);
-  };
+  // Made anew where it is used: kept, it would take registers that the loops want.
+  const auto request = [&] { return Request(a, b, {summaries}); };
   const auto tell = [&](int i, const TileStats& found, int pass) {
     if (lane < blocks) {
       send_pair_to_block(&at.stats[i].largest, at.pending + pass, lane, found.largest, found.sum);
     }
   };
-  bool is_over = looks_over();
-  RawTile<T> raw;
-  if (first < rows * tiles && !is_over) load(first, raw);
   if (warp == warps - 1) {
     const float u = uniform(a.base, b, spec_length);
     if (lane == 0) {
@@ -307,42 +324,43 @@ __global__ void __launch_bounds__(kMaxWarps* kWarp, kResidentPositions<T, filter
       if (!is_last) {
         const int64_t id = request().id(k);
         const float own = uniform(a.base, b, k);  // while the id is on its way
-        const double sum = a.draft_logsumexp ? a.draft_logsumexp[static_cast<int64_t>(b) * spec_length + k] : 0.0;
-        draft = {id, own, request().values(k, id), sum};
+        draft = {id, own, request().values(k, id)};
+        if (a.draft_logsumexp) {
+          const double sum = a.draft_logsumexp[static_cast<int64_t>(b) * spec_length + k];
+          given = {sum, nullptr, 0.0f, kNegativeInfinity, -1};
+        }
       }
     }
   }
   __syncwarp();
   cluster_wait();
+  if (early_exit) {  // one block looks, so that all leave together
+    if (rank == 0 && warp == 0 && lane < blocks) {
+      send_to_block(at.is_over, at.pending + 4, lane, is_over);
+    }
+    wait_for_bytes(at.pending + 4);
+    if (*at.is_over > 0.0f) return;
+  }
   // Where all blocks run at once the card has time for rows that only a rejection reads.
   const bool ahead = !early_exit && rows == 1 && x_q;
   for (int i = first; i < rows * tiles; i += step) {
-    TileStats found = {kNegativeInfinity, kCut};
     RawTile<T> next;
-    if (!is_over) {
-      is_over = looks_over();
-      if (i + step < rows * tiles && !is_over) load(i + step, next);
-      if (ahead) prefetch_tile(static_cast<const T*>(nullptr), x_q, i, vocab_size, lane);
-      found = warp_tile_stats(raw, scale, kNegativeInfinity);
-    }
-    tell(i, found, 0);
+    if (i + step < rows * tiles) load(i + step, next);
+    if (ahead) prefetch_tile(static_cast<const T*>(nullptr), x_q, i, vocab_size, lane);
+    tell(i, warp_tile_stats(raw, scale, kNegativeInfinity), 0);
     raw = next;
   }
 
   if (filtered || warp < rows) wait_for_bytes(at.pending);
-  if (warp < rows) {
-    const bool cut = early_exit && warp_is_cut(at.stats + warp * tiles, tiles, lane);
-    if (lane == 0) is_cut[warp] = cut;
-  }
   float threshold_p = kNegativeInfinity, threshold_q = kNegativeInfinity;
   if constexpr (filtered) {
-    __syncthreads();
-    if (is_cut[0] || is_cut[rows - 1]) return;
     const Team team{rank, blocks};
-    threshold_p = find_threshold(*at.search, team, Filters(a, b), x_p, at.stats, vocab_size);
+    const Filters filters(a, b);
+    int exchange = 0;
+    threshold_p = find_threshold(*at.search, team, filters, x_p, at.stats, vocab_size, &exchange);
     if (rows == 2) {
       threshold_q =
-          find_threshold(*at.search, team, Filters(a, b), x_q, at.stats + tiles, vocab_size);
+          find_threshold(*at.search, team, filters, x_q, at.stats + tiles, vocab_size, &exchange);
     }
     if (threshold_p > kNegativeInfinity || threshold_q > kNegativeInfinity) {
       for (int i = first; i < rows * tiles; i += step) {
@@ -370,28 +388,57 @@ __global__ void __launch_bounds__(kMaxWarps* kWarp, kResidentPositions<T, filter
     if (lane == 0) summaries[warp] = summary;
   }
   __syncthreads();
-  if (is_cut[0] || is_cut[rows - 1]) return;
-  if (threadIdx.x == 0) {
-    const Request decided = request();
-    if (a.draft_logsumexp) summaries[1] = {draft.logsumexp, nullptr, 0.0f, threshold_q, -1};
-    ends =
-        is_last || !decided.accepts_values(k, draft.id, draft.values, [&] { return draft.u; });
-    if (ends) row = decided.row(k, is_last ? kPlaceholderTokenId : draft.id);
-    if (rank == 0 && findings.verdicts) findings.verdicts[position()] = ends ? kEnds : kGoesOn;
-    if (rank == 0 && a.logsumexp) {
-      a.logsumexp[b] = summaries[0].logsumexp;
-      a.base.num_accepted[b] = 0;
+  // Two threads decide, one whether the request ends here, one what it would draw from.
+  if (threadIdx.x == 0 || threadIdx.x == kWarp) {
+    Request decided = request();
+    decided.summaries.given = a.draft_logsumexp ? &given : nullptr;
+    if (filtered) decided.summaries.threshold = threshold_q;
+    if (threadIdx.x == kWarp) {
+      row = decided.row(k, is_last ? kPlaceholderTokenId : draft.id);
+    } else {
+      ends = is_last || !decided.accepts_values(k, draft.id, draft.values, [&] { return draft.u; });
+      if (rank == 0 && findings.verdicts) {
+        findings.verdicts[static_cast<int64_t>(b) * (spec_length + 1) + k] = ends ? kEnds : kGoesOn;
+      }
+      if (rank == 0 && a.logsumexp) {
+        a.logsumexp[b] = summaries[0].logsumexp;
+        a.base.num_accepted[b] = 0;
+      }
     }
   }
   __syncthreads();
   if (!ends) return;
-  const PositionOutput output{a.base, findings, b, k};
-  draw_token<Step::kInCluster>(row, vocab_size, recovery_uniform, rank, blocks, at.sums, output);
+  if (findings.rows) {
+    if (rank != 0) return;
+    const int64_t position = static_cast<int64_t>(b) * (spec_length + 1) + k;
+    for (int i = threadIdx.x; i < tiles; i += blockDim.x) {
+      findings.stats[position * tiles + i] = at.stats[i];
+    }
+    if (threadIdx.x == 0) {
+      LogitsRow<T> found = row;
+      found.stats = findings.stats + position * tiles;
+      findings.rows[position] = found;
+    }
+    return;
+  }
+  draw_token<Step::kInCluster>(row, vocab_size, recovery_uniform, rank, blocks, at.sums,
+                               PositionOutput{a.base, findings.tokens, b, k},
+                               keeps ? at.kept : nullptr);
+}
+
+// One warp: the first position that ends a request, the end of its drafts at the latest.
+__device__ __forceinline__ int64_t warp_first_end(const uint8_t* verdicts, int64_t drafts,
+                                                  int lane) {
+  for (int64_t first = 0;; first += kWarp) {
+    const int64_t k = first + lane;
+    const unsigned ends = __ballot_sync(kAllLanes, k >= drafts || verdicts[k] == kEnds);
+    if (ends) return first + __ffs(ends) - 1;
+  }
 }
 
 // A warp a request: what it ends with at the first position that does.
 __global__ void __launch_bounds__(kMaxWarps* kWarp)
-    finish_kernel(const LogitsParams a, Findings findings) {
+    finish_kernel(const LogitsParams a, const uint8_t* verdicts, const int32_t* tokens) {
   const int lane = threadIdx.x % kWarp, warps = blockDim.x / kWarp;
   const int64_t b = static_cast<int64_t>(blockIdx.x) * warps + threadIdx.x / kWarp;
   if (b >= a.base.batch_size) return;
@@ -400,19 +447,50 @@ __global__ void __launch_bounds__(kMaxWarps* kWarp)
   const int64_t spec_length = a.base.spec_length, begin = b * (spec_length + 1);
   const int64_t early = lane < request.drafts ? request.id(lane) : kPlaceholderTokenId;
   wait_for_launch_before();
-  int64_t accepted = 0;
-  for (unsigned all = 0; !all; accepted += kWarp) {
-    const int64_t k = accepted + lane;
-    all = __ballot_sync(kAllLanes, k >= request.drafts || findings.verdicts[begin + k] == kEnds);
-    if (all) accepted += __ffs(all) - 1 - kWarp;
-  }
+  const int64_t accepted = warp_first_end(verdicts + begin, request.drafts, lane);
   for (int64_t k = lane; k <= spec_length; k += kWarp) {
     int64_t id = kPlaceholderTokenId;
-    if (k == accepted) id = findings.tokens[begin + k];
+    if (k == accepted) id = tokens[begin + k];
     if (k < accepted) id = k < kWarp ? early : request.id(k);
     request.store(k, id);
   }
   if (lane == 0) a.base.num_accepted[b] = static_cast<int32_t>(accepted);
+}
+
+// A cluster a request: draws at the first position that ends it.
+template <typename T>
+__global__ void __launch_bounds__(kMaxWarps* kWarp, kResidentPositions<T, false>)
+    draw_kernel(const LogitsParams a, int blocks, Findings<T> findings) {
+  __shared__ LogitsRow<T> row;
+  __shared__ int64_t accepted;
+  __shared__ float recovery_uniform;
+  FR_DYNAMIC_SHARED(uint64_t, shared);
+  const int lane = threadIdx.x % kWarp, warp = threadIdx.x / kWarp, warps = blockDim.x / kWarp;
+  const int64_t b = cluster_index(), spec_length = a.base.spec_length;
+  const int rank = static_cast<int>(cluster_rank());
+  const TileSums sums{reinterpret_cast<float*>(shared + 2), shared};
+  if (threadIdx.x == 0) expect_sums(sums, num_tiles(a.base.vocab_size));
+  __syncwarp();
+  cluster_start();
+  // Before positions_kernel lets this one start it has waited for the arguments.
+  const Request<T> request(a.base, b);
+  if (warp == warps - 1) {
+    const float u = uniform(a.base, b, spec_length);
+    if (lane == 0) recovery_uniform = u;
+  }
+  wait_for_launch_before();
+  if (warp == 0) {
+    const int64_t begin = b * (spec_length + 1);
+    const int64_t end = warp_first_end(findings.verdicts + begin, request.drafts, lane);
+    if (lane == 0) {
+      accepted = end;
+      row = findings.rows[begin + end];
+    }
+  }
+  __syncthreads();
+  cluster_wait();
+  draw_token<Step::kInCluster>(row, static_cast<int>(a.base.vocab_size), recovery_uniform, rank,
+                               blocks, sums, RequestOutput<Request<T>>{request, accepted});
 }
 
 }  // namespace
@@ -423,52 +501,63 @@ namespace fused_rejection {
 namespace {
 
 const void* const kLogitsKernels[] = {
-    reinterpret_cast<const void*>(&positions_kernel<float, false>),
     reinterpret_cast<const void*>(&positions_kernel<BFloat16, false>),
+    reinterpret_cast<const void*>(&positions_kernel<float, false>),
     reinterpret_cast<const void*>(&positions_kernel<Float16, false>),
     reinterpret_cast<const void*>(&positions_kernel<float, true>),
     reinterpret_cast<const void*>(&positions_kernel<BFloat16, true>),
     reinterpret_cast<const void*>(&positions_kernel<Float16, true>),
+    reinterpret_cast<const void*>(&draw_kernel<float>),
+    reinterpret_cast<const void*>(&draw_kernel<BFloat16>),
+    reinterpret_cast<const void*>(&draw_kernel<Float16>),
     reinterpret_cast<const void*>(&logits_kernel<float, Step::kInCluster, true>),
     reinterpret_cast<const void*>(&logits_kernel<BFloat16, Step::kInCluster, true>),
     reinterpret_cast<const void*>(&logits_kernel<Float16, Step::kInCluster, true>),
 };
 
-// Blocks that share a position's rows, at least two: as many as have a tile for each warp, and as
-// long as there are not too many of them for the card to start.
-constexpr int64_t kBlocksAMultiprocessor = 9;
+bool has_one_block_a_multiprocessor(const LogitsParams& a) {  // as kResidentPositions has it
+  return a.filters() || a.base.dtype == Dtype::kFloat32;
+}
 
+// Blocks of positions_kernel that run at once.
+int64_t blocks_at_once(const LogitsParams& a, const Device& device) {
+  return (has_one_block_a_multiprocessor(a) ? 1 : kResidentBlocks) * device.multiprocessors;
+}
+
+// Blocks that share a position's rows: many where about all of them run at once, few where there
+// would be too many for the card to start; no more than have a tile for each warp.
 int blocks_per_position(const LogitsParams& a, const Device& device) {
-  const int64_t positions = num_target_rows(a.base);
+  const bool one = has_one_block_a_multiprocessor(a);
+  const int64_t positions = num_target_rows(a.base), at_once = blocks_at_once(a, device);
   const int64_t tiles = num_tiles(a.base.vocab_size) * (num_draft_rows(a) > 0 ? 2 : 1);
-  int blocks = kPortableCluster;
+  int blocks = 2;
+  if (4 * positions <= (one ? 5 : 18) * device.multiprocessors) blocks = 4;
+  if (8 * positions <= at_once * 5 / 4) blocks = kPortableCluster;
   static_assert(kPortableCluster <= kLargestTeam);
-  // Beyond the portable size only where all of them run at once.
-  if (!a.filters() && device.largest_cluster == kLargestCluster &&
-      positions <= device.large_clusters[4]) {
-    blocks = kLargestCluster;
-  }
-  while (blocks > 2 && (blocks / 2 * kMaxWarps >= tiles ||
-                        positions * blocks > kBlocksAMultiprocessor * device.multiprocessors)) {
-    blocks /= 2;
-  }
+  if (!one && positions <= device.large_clusters[4]) blocks = kLargestCluster;
+  while (blocks > 2 && blocks / 2 * kMaxWarps >= tiles) blocks /= 2;
   return blocks;
 }
 
-// The workspace: tile statistics, then thresholds and tile sums; or Findings' tokens and verdicts.
+// The workspace: tile statistics, then thresholds and tile sums; or Findings.
 struct Workspace {
   int64_t stats_bytes = 0, thresholds_bytes = 0, sums_bytes = 0;
-  int64_t tokens_bytes = 0, verdicts_bytes = 0;
+  int64_t rows_bytes = 0, tokens_bytes = 0, verdicts_bytes = 0;
 
   Workspace(const LogitsParams& a, const LogitsPlan& plan) {
     const int64_t targets = num_target_rows(a.base), rows = targets + num_draft_rows(a);
+    const int64_t tiles = num_tiles(a.base.vocab_size);
     if (plan.blocks_per_position > 0) {
       if (a.base.spec_length == 0) return;  // the token goes to the outputs
-      tokens_bytes = targets * static_cast<int64_t>(sizeof(int32_t));
+      if (plan.early_exit) {
+        stats_bytes = targets * tiles * static_cast<int64_t>(sizeof(TileStats));
+        rows_bytes = targets * static_cast<int64_t>(sizeof(LogitsRow<float>));
+      } else {
+        tokens_bytes = targets * static_cast<int64_t>(sizeof(int32_t));
+      }
       verdicts_bytes = targets;
       return;
     }
-    const int64_t tiles = num_tiles(a.base.vocab_size);
     stats_bytes = rows * tiles * static_cast<int64_t>(sizeof(TileStats));
     thresholds_bytes = a.filters() ? (rows + 1) / 2 * 8 : 0;
     sums_bytes = plan.fused.exchange == Exchange::kWorkspace
@@ -477,7 +566,7 @@ struct Workspace {
   }
 
   int64_t bytes() const {
-    return stats_bytes + thresholds_bytes + sums_bytes + tokens_bytes + verdicts_bytes;
+    return stats_bytes + thresholds_bytes + sums_bytes + rows_bytes + tokens_bytes + verdicts_bytes;
   }
 };
 
@@ -491,7 +580,15 @@ int64_t table_bytes(const LogitsParams& a) {
 int64_t cluster_bytes(const LogitsParams& a) {
   return a.base.block_verification
              ? exchange_bytes(a.base.vocab_size) + table_bytes(a)
-             : PositionShared::bytes(num_tiles(a.base.vocab_size), a.filters());
+             : PositionShared::bytes(num_tiles(a.base.vocab_size), a.filters(), 0);
+}
+
+// Tiles whose weights a block of positions_kernel keeps: all that it sums where these are at most
+// two a warp, since then few requests are to be answered soon; else none.
+int kept_tiles(const LogitsParams& a, int blocks) {
+  const int warps = warps_per_block(a.base.vocab_size);
+  const int rounds = (num_tiles(a.base.vocab_size) + warps * blocks - 1) / (warps * blocks);
+  return rounds <= 2 ? rounds * warps : 0;
 }
 
 template <typename T>
@@ -506,31 +603,47 @@ struct LaunchLogits {
   static cudaError_t by_positions(const LogitsParams& a, const LogitsPlan& plan, char* workspace,
                                   cudaStream_t stream) {
     const Workspace sizes(a, plan);
-    Findings findings = {};
+    Findings<T> findings = {};
     if (a.base.spec_length > 0) {
-      findings = {reinterpret_cast<int32_t*>(workspace),
-                  reinterpret_cast<uint8_t*>(workspace + sizes.tokens_bytes)};
+      char* at = workspace;
+      if (plan.early_exit) {
+        findings.stats = reinterpret_cast<TileStats*>(at);
+        findings.rows = reinterpret_cast<LogitsRow<T>*>(at + sizes.stats_bytes);
+      } else {
+        findings.tokens = reinterpret_cast<int32_t*>(at);
+      }
+      findings.verdicts = reinterpret_cast<uint8_t*>(at + sizes.bytes() - sizes.verdicts_bytes);
     }
     if (plan.early_exit) {
-      const cudaError_t error = cudaMemsetAsync(
-          findings.verdicts, kGoesOn, static_cast<size_t>(sizes.verdicts_bytes), stream);
+      const cudaError_t error = cudaMemsetAsync(findings.verdicts, kGoesOn,
+                                                static_cast<size_t>(sizes.verdicts_bytes), stream);
       if (error != cudaSuccess) return error;
     }
-    const int blocks = plan.blocks_per_position;
-    const cudaLaunchConfig_t config = configure(num_target_rows(a.base) * blocks,
-                                                warps_per_block(a.base.vocab_size) * kWarp, stream);
+    const int blocks = plan.blocks_per_position, kept = kept_tiles(a, blocks);
+    cudaLaunchConfig_t config =
+        configure(a.base.batch_size * blocks, warps_per_block(a.base.vocab_size) * kWarp, stream);
+    config.gridDim.y = static_cast<unsigned>(a.base.spec_length + 1);
     const auto kernel = a.filters() ? positions_kernel<T, true> : positions_kernel<T, false>;
-    const cudaError_t error =
-        launch_in_clusters(kernel, config, blocks, cluster_bytes(a), a, blocks, plan.early_exit,
-                           findings);
+    const int64_t shared_bytes =
+        PositionShared::bytes(num_tiles(a.base.vocab_size), a.filters(), kept);
+    const cudaError_t error = launch_in_clusters(kernel, config, blocks, shared_bytes, a, blocks,
+                                                 plan.early_exit, kept > 0, findings);
     if (error != cudaSuccess || a.base.spec_length == 0) return error;
+    if (plan.early_exit) {
+      config.gridDim = dim3(static_cast<unsigned>(a.base.batch_size * plan.fused.blocks_per_row));
+      return launch_in_clusters(draw_kernel<T>, config, plan.fused.blocks_per_row,
+                                exchange_bytes(a.base.vocab_size), a, plan.fused.blocks_per_row,
+                                findings);
+    }
     constexpr int requests = 4;  // a block
     cudaLaunchConfig_t finish =
         configure((a.base.batch_size + requests - 1) / requests, requests * kWarp, stream);
     cudaLaunchAttribute attribute = overlapping();
     finish.attrs = &attribute;
     finish.numAttrs = 1;
-    return cudaLaunchKernelEx(&finish, finish_kernel, a, findings);
+    return cudaLaunchKernelEx(&finish, finish_kernel, a,
+                              static_cast<const uint8_t*>(findings.verdicts),
+                              static_cast<const int32_t*>(findings.tokens));
   }
 
   static cudaError_t by_rows(const LogitsParams& a, const LogitsPlan& logits_plan, char* workspace,
@@ -596,12 +709,19 @@ int plan_from_logits(const LogitsParams& a, Exchange exchange, int blocks, Logit
   }
   if (error != cudaSuccess) return error;
   plan->blocks_per_position = 0;
+  plan->early_exit = false;
   if (plan->fused.exchange == Exchange::kCluster && !a.base.block_verification) {
     plan->blocks_per_position = blocks > 0 ? blocks : blocks_per_position(a, *device);
-    // With all of them running at once there is no end to be found.
+    // With all of them running at once there is no end to be found, and time to draw for nothing.
     const int64_t all = num_target_rows(a.base) * plan->blocks_per_position;
-    plan->early_exit =
-        a.base.spec_length > 0 && all > 2 * kResidentBlocks * device->multiprocessors;
+    plan->early_exit = a.base.spec_length > 0 && all > blocks_at_once(a, *device);
+    if (blocks == 0) {
+      int& drawing = plan->fused.blocks_per_row;
+      drawing = kPortableCluster;
+      while (drawing > 2 && a.base.batch_size * drawing > 4 * device->multiprocessors) {
+        drawing /= 2;
+      }
+    }
   }
   plan->workspace_bytes = Workspace(a, *plan).bytes();
   return cudaSuccess;

@@ -14,7 +14,7 @@ namespace {
 
 constexpr int kLargestTeam = 8;
 constexpr int kBins = 256;
-constexpr int kListed = 256;  // logits that are ranked by comparing each with each
+constexpr int kListed = 256;             // logits that are ranked by comparing each with each
 constexpr int kPending = kTile + kWarp;  // logits that a warp has found and not yet looked at
 constexpr float kLeastFloat = -kLargestFloat;
 
@@ -54,10 +54,15 @@ struct Finding {
 // In dynamic shared memory, which the other blocks of the team store into.
 struct Search {
   uint32_t low[kBins], high[kBins];  // 64-bit sums: shared memory adds 32 bits natively
-  uint64_t bins[kLargestTeam][kBins];
-  float listed[kLargestTeam][kListed];
-  Finding findings[kLargestTeam];
+  // What the blocks tell one another: in turns here and there, since one that has read what was
+  // told tells the next while others still read.
+  struct Told {
+    uint64_t bins[kLargestTeam][kBins];
+    float listed[kLargestTeam][kListed];
+    Finding findings[kLargestTeam];
+  } told[2];
   Finding mine;
+  uint64_t merged[kBins];
   uint64_t weights[kListed];
   float ranked[kListed];
   float pending[kMaxWarps][kPending];
@@ -68,10 +73,11 @@ struct Search {
   bool is_found;
 };
 
-template <typename V>
-__device__ __forceinline__ V warp_total(V value) {
+// The sum over `together` adjacent lanes, in each of them.
+template <int together, typename V>
+__device__ __forceinline__ V group_total(V value) {
 #pragma unroll
-  for (int d = 1; d < kWarp; d *= 2) value += __shfl_xor_sync(kAllLanes, value, d);
+  for (int d = 1; d < together; d *= 2) value += __shfl_xor_sync(kAllLanes, value, d);
   return value;
 }
 
@@ -91,8 +97,8 @@ __device__ __forceinline__ float logit_up_to(uint32_t key) {
 }
 
 // One warp: appends the logits of a tile that are in [lo, hi] to `pending`, which holds `held`; how
-// many it holds then. A call, as are the steps of the search: they are many, and a warp waits longer
-// for new instructions than for most else.
+// many it holds then. A call, as are the steps of the search: they are many, and a warp waits
+// longer for new instructions than for most else.
 template <typename T>
 __device__ __noinline__ int warp_collect(const T* x, int tile, int vocab_size, float lo, float hi,
                                          float* pending, int held) {
@@ -143,8 +149,8 @@ struct ThresholdSearch {
   // What is summed: a logit's mass, or 1; up to a share of the total, or up to `wanted`.
   struct Goal {
     bool by_mass;
-    float top_p;    // 0: what is wanted is known
-    double total;   // of masses; 0: of those in the bins
+    float top_p;   // 0: what is wanted is known
+    double total;  // of masses; 0: of those in the bins
     uint64_t wanted, above;
   };
 
@@ -153,6 +159,7 @@ struct ThresholdSearch {
   const T* x;
   const TileStats* stats;  // of the whole row
   int vocab_size;
+  int exchange;  // how often the team has told
   float largest, scale, unit;
   float threshold = kNegativeInfinity;
 
@@ -182,8 +189,9 @@ struct ThresholdSearch {
 
   // What the team has in [lo, hi] of the chosen; their logits are listed where there are at most
   // kListed.
-  __device__ __noinline__ Finding gather(float lo, float hi, Choice choice) const {
+  __device__ __noinline__ Finding gather(float lo, float hi, Choice choice) {
     const int lane = block_lane();
+    Search::Told& told = s.told[++exchange & 1];
     if (threadIdx.x == 0) s.mine = {0, 0xFFFFFFFFu, 0};
     __syncthreads();
     uint32_t least = 0xFFFFFFFFu, most = 0;
@@ -210,21 +218,21 @@ struct ThresholdSearch {
     }
     __syncthreads();
     if (threadIdx.x == 0) {
-      Finding& there = s.findings[team.rank];
+      Finding& there = told.findings[team.rank];
       team.tell(&there.count, s.mine.count);
       team.tell(&there.least, s.mine.least);
       team.tell(&there.most, s.mine.most);
     }
     if (s.mine.count <= kListed) {
       for (uint32_t i = threadIdx.x; i < s.mine.count; i += blockDim.x) {
-        team.tell(&s.listed[team.rank][i], s.ranked[i]);
+        team.tell(&told.listed[team.rank][i], s.ranked[i]);
       }
     }
     team.meet();
     Finding all{0, 0xFFFFFFFFu, 0};
 #pragma unroll 1
     for (int block = 0; block < team.blocks; ++block) {
-      const Finding& one = s.findings[block];
+      const Finding& one = told.findings[block];
       all.count += one.count;
       all.least = one.least < all.least ? one.least : all.least;
       all.most = one.most > all.most ? one.most : all.most;
@@ -238,12 +246,14 @@ struct ThresholdSearch {
 
   // The largest of the listed logits at which the weights reach what is wanted.
   __device__ __noinline__ bool rank(const Goal& goal, float* logit) const {
+    constexpr int together = 4;  // threads that compare one logit with all
+    const Search::Told& told = s.told[exchange & 1];
     int count = 0;
 #pragma unroll 1
     for (int block = 0; block < team.blocks; ++block) {
-      const int of_block = static_cast<int>(s.findings[block].count);
+      const int of_block = static_cast<int>(told.findings[block].count);
       for (int i = static_cast<int>(threadIdx.x); i < of_block; i += blockDim.x) {
-        const float x_i = s.listed[block][i];
+        const float x_i = told.listed[block][i];
         s.ranked[count + i] = x_i;
         s.weights[count + i] = weight_of(goal, x_i);
       }
@@ -251,16 +261,22 @@ struct ThresholdSearch {
     }
     if (threadIdx.x == 0) s.is_found = false;
     __syncthreads();
-    for (int i = static_cast<int>(threadIdx.x); i < count; i += blockDim.x) {
-      const float x_i = s.ranked[i];
-      uint64_t before = goal.above, with = goal.above;
+    const int part = static_cast<int>(threadIdx.x) % together;
+    for (int first = block_warp() * (kWarp / together); first < count;
+         first += static_cast<int>(blockDim.x) / together) {  // by whole warps
+      const int i = first + block_lane() / together;
+      const float x_i = s.ranked[i < count ? i : 0];
+      uint64_t before = 0, with = 0;
 #pragma unroll 4
-      for (int j = 0; j < count; ++j) {
+      for (int j = part; j < count; j += together) {
+        const float x_j = s.ranked[j];
         const uint64_t weight = s.weights[j];
-        before += s.ranked[j] > x_i ? weight : 0;
-        with += s.ranked[j] >= x_i ? weight : 0;
+        if (x_j > x_i) before += weight;
+        if (x_j >= x_i) with += weight;
       }
-      if (before < goal.wanted && goal.wanted <= with) {  // one logit, or equal ones
+      before = goal.above + group_total<together>(before);
+      with = goal.above + group_total<together>(with);
+      if (i < count && before < goal.wanted && goal.wanted <= with) {  // one logit, or equal ones
         s.answer = x_i;
         s.is_found = true;
       }
@@ -272,8 +288,9 @@ struct ThresholdSearch {
 
   // Sums the team's weights of the logits in [lo, hi] by bin and finds the first bin at which they
   // reach the goal, whose `above` then holds the weight above it; -1 where none does.
-  __device__ __noinline__ int find_bin(float lo, float hi, Bins bins, Goal* goal) const {
+  __device__ __noinline__ int find_bin(float lo, float hi, Bins bins, Goal* goal) {
     const int lane = block_lane();
+    Search::Told& told = s.told[++exchange & 1];
     for (int i = static_cast<int>(threadIdx.x); i < kBins; i += blockDim.x) {
       s.low[i] = s.high[i] = 0;
     }
@@ -289,22 +306,31 @@ struct ThresholdSearch {
     });
     __syncthreads();
     for (int i = static_cast<int>(threadIdx.x); i < kBins; i += blockDim.x) {
-      team.tell(&s.bins[team.rank][i], (uint64_t{s.high[i]} << 32) + s.low[i]);
+      team.tell(&told.bins[team.rank][i], (uint64_t{s.high[i]} << 32) + s.low[i]);
     }
     team.meet();
+    for (int i = static_cast<int>(threadIdx.x); i < kBins; i += blockDim.x) {
+      uint64_t sum = 0;
+#pragma unroll 8
+      for (int block = 0; block < team.blocks; ++block) sum += told.bins[block][i];
+      s.merged[i] = sum;
+    }
+    __syncthreads();
     if (block_warp() == 0) {
       constexpr int own = kBins / kWarp;
-      uint64_t sum = 0;
-#pragma unroll 1
-      for (int i = 0; i < own * team.blocks; ++i) sum += s.bins[i / own][lane * own + i % own];
+      uint64_t weights[own], sum = 0;
+#pragma unroll
+      for (int i = 0; i < own; ++i) {
+        weights[i] = s.merged[lane * own + i];
+        sum += weights[i];
+      }
       const uint64_t scan = warp_inclusive(sum, lane);
       const uint64_t all = __shfl_sync(kAllLanes, scan, kWarp - 1);
       if (goal->top_p > 0.0f) {
         const double total = goal->total > 0.0 ? goal->total : static_cast<double>(all);
         goal->wanted = mass_wanted(goal->top_p, total);
       }
-      const unsigned reaching =
-          __ballot_sync(kAllLanes, goal->above + scan >= goal->wanted);
+      const unsigned reaching = __ballot_sync(kAllLanes, goal->above + scan >= goal->wanted);
       if (lane == 0) {
         s.bin = -1;
         s.wanted = goal->wanted;
@@ -313,14 +339,12 @@ struct ThresholdSearch {
       if (reaching && lane == __ffs(reaching) - 1) {
         uint64_t before = goal->above + scan - sum;
         int bin = 0;
-#pragma unroll 1
-        for (; bin < own; ++bin) {
-          uint64_t weight = 0;
-          for (int block = 0; block < team.blocks; ++block) {
-            weight += s.bins[block][lane * own + bin];
+#pragma unroll
+        for (int i = 0; i < own - 1; ++i) {
+          if (bin == i && before + weights[i] < goal->wanted) {
+            before += weights[i];
+            ++bin;
           }
-          if (before + weight >= goal->wanted) break;
-          before += weight;
         }
         s.bin = lane * own + bin;
         s.above = before;
@@ -334,7 +358,7 @@ struct ThresholdSearch {
 
   // The largest logit of those that `found` is of at which the weights reach the goal. They are all
   // in [found.least, found.most].
-  __device__ __noinline__ bool select(Finding found, Goal goal, float* logit) const {
+  __device__ __noinline__ bool select(Finding found, Goal goal, float* logit) {
     for (;;) {
       if (found.count == 0) return false;
       if (found.count <= kListed) return rank(goal, logit);
@@ -355,35 +379,44 @@ struct ThresholdSearch {
     }
   }
 
-  // A logit that at least k logits reach, from the tiles' largest ones, or the least of all.
+  // Every warp: a logit that at least k logits reach, and not many more, from the tiles' largest
+  // ones; the least of all where these are too few.
   __device__ __forceinline__ float floor_of_top(int k) const {
+    constexpr int own = 8, steps = 12;
     const int tiles = num_tiles(vocab_size);
-    float* of_group = s.pending[0];  // every thread's tiles are a group
-    const int groups = tiles < static_cast<int>(blockDim.x) ? tiles : blockDim.x;
-    if (k > groups) return kLeastFloat;
-    const int mine = static_cast<int>(threadIdx.x);
-    float most = kNegativeInfinity;
-    for (int tile = mine; tile < tiles; tile += groups) most = fmaxf(most, stats[tile].largest);
-    if (mine < groups) of_group[mine] = most;
-    if (mine == 0) s.answer = kLeastFloat;
-    __syncthreads();
-    if (mine < groups) {
-      int before = 0, with = 0;
-#pragma unroll 4
-      for (int group = 0; group < groups; ++group) {
-        before += of_group[group] > most;
-        with += of_group[group] >= most;
-      }
-      if (before < k && k <= with && most > kLeastFloat) s.answer = most;
+    float most[own];  // of every lane's tiles, in groups
+#pragma unroll
+    for (int i = 0; i < own; ++i) {
+      const int tile = i * kWarp + block_lane();
+      most[i] = tile < tiles ? stats[tile].largest : kNegativeInfinity;
     }
-    __syncthreads();
-    const float answer = s.answer;
-    __syncthreads();  // before another step uses what this one did
-    return answer;
+    for (int first = own * kWarp; first < tiles; first += kWarp) {
+      const int tile = first + block_lane();
+      if (tile < tiles) most[0] = fmaxf(most[0], stats[tile].largest);
+    }
+    const auto reach = [&](float logit) {
+      int count = 0;
+#pragma unroll
+      for (int i = 0; i < own; ++i) count += __popc(__ballot_sync(kAllLanes, most[i] >= logit));
+      return count;
+    };
+    float least = most[0];
+#pragma unroll
+    for (int i = 1; i < own; ++i)
+      least = most[i] > kNegativeInfinity ? fminf(least, most[i]) : least;
+    float lo = -warp_max(-least), hi = largest;
+    if (!(lo > kLeastFloat) || reach(lo) < k) return kLeastFloat;
+#pragma unroll 1
+    for (int step = 0; step < steps; ++step) {
+      const float middle = 0.5f * lo + 0.5f * hi;
+      const int count = reach(middle);
+      (count >= k ? lo : hi) = middle;
+      if (count >= k && count <= k + k / 4) break;
+    }
+    return lo;
   }
 
   __device__ __forceinline__ void keep_top(int k) {
-    team.meet();  // the others have read what was told last
     const Finding found = gather(floor_of_top(k), kLargestFloat, Choice{{}, -1, 0.0f});
     float logit;
     const Goal goal{false, 0.0f, 0.0, static_cast<uint64_t>(k), 0};
@@ -419,7 +452,6 @@ struct ThresholdSearch {
       }
     }
     for (;;) {
-      team.meet();  // the others have read what was told last
       const float span = largest - floor, per_logit = kBins / span;
       const bool is_linear = span > 0.0f && per_logit > 0.0f && per_logit < 1e30f;
       const Bins bins{largest, is_linear ? per_logit : 0.0f, key_of(largest), 31};
@@ -442,7 +474,6 @@ struct ThresholdSearch {
   }
 
   __device__ __forceinline__ void keep_near(float min_p) {
-    team.meet();  // the others have read what was told last
     const float near = down_to(log2f(min_p));
     const Finding found =
         gather(near > threshold ? near : threshold, kLargestFloat, Choice{{}, -1, min_p});
@@ -474,23 +505,20 @@ struct Filters {
 };
 
 // All threads of the team's blocks: the least logit that a row's filters keep, -inf where they keep
-// all.
+// all. exchange: how often the team has told, 0 before its first search.
 template <typename T>
 __device__ __noinline__ float find_threshold(Search& s, Team team, Filters filters, const T* x,
-                                             const TileStats* stats, int vocab_size) {
+                                             const TileStats* stats, int vocab_size,
+                                             int* exchange) {
   if (!filters.any()) return kNegativeInfinity;
-  __syncthreads();
-  if (block_warp() == 0) {
-    const float largest = warp_largest(stats, num_tiles(vocab_size), block_lane());
-    if (threadIdx.x == 0) s.largest = largest;
-  }
-  __syncthreads();
-  if (!(s.largest > kNegativeInfinity)) return kNegativeInfinity;
-  ThresholdSearch<T> search{s,          team,           x, stats, vocab_size, s.largest,
-                            filters.scale, mass_unit(vocab_size)};
+  const float largest = warp_largest(stats, num_tiles(vocab_size), block_lane());
+  if (!(largest > kNegativeInfinity)) return kNegativeInfinity;
+  ThresholdSearch<T> search{
+      s, team, x, stats, vocab_size, *exchange, largest, filters.scale, mass_unit(vocab_size)};
   if (filters.top_k > 0) search.keep_top(filters.top_k);
   if (filters.top_p < 1.0f) search.keep_share(filters.top_p);
   if (filters.min_p > 0.0f) search.keep_near(filters.min_p);
+  *exchange = search.exchange;
   return search.threshold;
 }
 

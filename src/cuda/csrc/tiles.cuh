@@ -55,8 +55,7 @@ __device__ __forceinline__ float warp_max(float value) {
 
 // One warp: the statistics of a tile's logits that are kept, in every lane.
 template <typename T>
-__device__ __forceinline__ TileStats warp_tile_stats(RawTile<T> raw, float scale,
-                                                     float threshold) {
+__device__ __forceinline__ TileStats warp_tile_stats(RawTile<T> raw, float scale, float threshold) {
   // What is below the threshold matters only where nothing reaches it.
   float largest = warp_max(largest_of(raw));
   if (!(largest >= threshold) || !(largest > kNegativeInfinity)) return {kNegativeInfinity, 0.0f};
@@ -64,7 +63,7 @@ __device__ __forceinline__ TileStats warp_tile_stats(RawTile<T> raw, float scale
   const float product = largest * scale, anchor = whole(product);
   const bool wide = is_wide(product), kept = threshold > kNegativeInfinity;
   float first = 0.0f, second = 0.0f;
-#pragma unroll 1
+#pragma unroll
   for (int half = 0; half < 2; ++half) {
     float w[RawTile<T>::kElements];
 #pragma unroll
@@ -100,8 +99,10 @@ __device__ __forceinline__ TileStats warp_tile_stats(const T* x, int tile, int v
 // One warp: the largest logit of a row.
 __device__ __forceinline__ float warp_largest(const TileStats* stats, int tiles, int lane) {
   float largest = kNegativeInfinity;
-  for (int tile = lane; tile < tiles; tile += kWarp) {
-    largest = stats[tile].largest > largest ? stats[tile].largest : largest;
+#pragma unroll 8
+  for (int first = 0; first < tiles; first += kWarp) {
+    const int tile = first + lane;
+    largest = fmaxf(largest, tile < tiles ? stats[tile].largest : kNegativeInfinity);
   }
   return warp_max(largest);
 }
@@ -110,15 +111,17 @@ __device__ __forceinline__ float warp_largest(const TileStats* stats, int tiles,
 __device__ __forceinline__ double warp_row_sum(const TileStats* stats, float largest, float scale,
                                                int tiles, int lane) {
   const int length = (tiles + kSpans - 1) / kSpans, left = tiles - lane * length;
+  const int count = left < length ? left : length;
   const TileStats* own = stats + lane * length;
   double sum = 0;
 #pragma unroll 1
-  for (int first = 0; first < (left < length ? left : length); first += kLeaves) {
+  for (int first = 0; first < length; first += kLeaves) {
     float w[kLeaves];
 #pragma unroll
     for (int i = 0; i < kLeaves; ++i) {
-      const bool is_there = first + i < length && first + i < left;
-      w[i] = is_there ? tile_weight(own[first + i], largest, scale) : 0.0f;
+      TileStats tile = {kNegativeInfinity, 0.0f};
+      if (first + i < count) tile = own[first + i];
+      w[i] = tile_weight(tile, largest, scale);
     }
     sum += leaf_sum(w);
   }

@@ -42,6 +42,9 @@ __device__ __forceinline__ unsigned cluster_index() {
   return index;
 }
 
+// The same in the second dimension of the grid.
+__device__ __forceinline__ unsigned grid_row() { return blockIdx.y; }
+
 // Says that this block has started, before any cluster_wait(); publishes nothing but expect_bytes.
 __device__ __forceinline__ void cluster_start() {
 #if __CUDA_ARCH__ >= 900
@@ -70,14 +73,12 @@ __device__ __forceinline__ void store_to_block(V* shared, int rank, V value) {
   uint32_t there;
   asm("mapa.shared::cluster.u32 %0, %1, %2;" : "=r"(there) : "r"(here), "r"(rank));
   if constexpr (sizeof(V) == 8) {
-    asm volatile("st.shared::cluster.u64 [%0], %1;" ::"r"(there),
-                 "l"(static_cast<uint64_t>(value))
+    asm volatile("st.shared::cluster.u64 [%0], %1;" ::"r"(there), "l"(static_cast<uint64_t>(value))
                  : "memory");
   } else if constexpr (std::is_same_v<V, float>) {
     asm volatile("st.shared::cluster.f32 [%0], %1;" ::"r"(there), "f"(value) : "memory");
   } else {
-    asm volatile("st.shared::cluster.u32 [%0], %1;" ::"r"(there),
-                 "r"(static_cast<uint32_t>(value))
+    asm volatile("st.shared::cluster.u32 [%0], %1;" ::"r"(there), "r"(static_cast<uint32_t>(value))
                  : "memory");
   }
 #endif
@@ -405,8 +406,9 @@ __device__ __forceinline__ void prefetch_tile(const T* p, const T* q, int tile, 
 
 // One warp: inclusive_scan with a value a lane, where only the first `count` lanes' results matter.
 __device__ __forceinline__ double warp_scan(double sum, int lane, int count = kWarp) {
-#pragma unroll 1
-  for (int d = 1; d < count; d *= 2) {
+#pragma unroll
+  for (int d = 1; d < kWarp; d *= 2) {
+    if (d >= count) break;
     const double other = __shfl_up_sync(kAllLanes, sum, d);
     if (lane >= d) sum += other;
   }
@@ -602,10 +604,10 @@ struct OwnTiles {
     step = warps * blocks;
   }
 
-  // Whether the block whose first warp this is went through the tile.
-  __device__ __forceinline__ bool of_block(int tile) const {
-    const int place = tile % step - first;
-    return place >= 0 && place < static_cast<int>(blockDim.x) / kWarp;
+  // Which of the block's tiles a tile is that its first warp asks for, -1 where it is another's.
+  __device__ __forceinline__ int slot(int tile) const {
+    const int warps = static_cast<int>(blockDim.x) / kWarp, place = tile % step - first;
+    return place >= 0 && place < warps ? tile / step * warps + place : -1;
   }
 };
 
@@ -627,11 +629,12 @@ struct RequestOutput {
 };
 
 // Draws from a row and stores into `output`, for all threads of the blocks that share it, of which
-// this one is `rank`. `row` is in shared memory.
+// this one is `rank`. `row` is in shared memory. `kept`: shared memory for the padded weights of
+// all tiles that this block sums, or null: then those of the tile drawn from are taken again.
 template <Step step, typename Row, typename Output>
-__device__ __forceinline__ void draw_token(Row& row, int vocab_size, const float& u,
-                                           int rank, int blocks_per_row, const TileSums& all,
-                                           const Output& output) {
+__device__ __forceinline__ void draw_token(Row& row, int vocab_size, const float& u, int rank,
+                                           int blocks_per_row, const TileSums& all,
+                                           const Output& output, float* kept = nullptr) {
   __shared__ bool picked;
   __shared__ double rest;  // the threshold in the tile to draw from
   __shared__ float weights[kPaddedTile];
@@ -649,7 +652,7 @@ __device__ __forceinline__ void draw_token(Row& row, int vocab_size, const float
   }
   // Where the card is mostly idle a second tile need not wait for the first; else it would get in
   // the way of other warps' loads.
-  const bool ahead = gridDim.x <= kIdleGrid;
+  const bool ahead = gridDim.x * gridDim.y <= kIdleGrid;
 
 #pragma unroll 1  // the second pass is rare
   for (int pass = 0; pass < 2; ++pass) {
@@ -659,12 +662,14 @@ __device__ __forceinline__ void draw_token(Row& row, int vocab_size, const float
     float* sums = step == Step::kInCluster ? all.sums + pass * tiles : all.sums;
     const bool summed = known || (step == Step::kSelect && pass == 0);
     int tile = summed ? tiles : own.first;
+    float* slot = summed ? nullptr : kept;
+    if (slot) slot += warp * kPaddedTile;
     bool drawing = false;
     for (;;) {
       if (tile >= tiles) {  // all sums are under way: one warp looks for the tile to draw from
         if (step == Step::kSum) return;
         if (pass == 0 && stores) output.store_decision(lane);
-        if (step != Step::kInCluster && !known) __syncthreads();
+        if ((step != Step::kInCluster && !known) || slot) __syncthreads();
         if (warp != 0) break;
         if (known) {
           warp_store_masses(here, tiles, lane, sums);
@@ -679,8 +684,14 @@ __device__ __forceinline__ void draw_token(Row& row, int vocab_size, const float
         if (pick.item < 0 && (known || pass == 1) && rank == 0 && lane == 0) {
           output.store_token(0);  // p has no mass either
         }
-        // The block that summed the tile finds it in its own L1.
-        if (pick.item < 0 || !own.of_block(pick.item)) break;
+        // The block that summed the tile still has its weights, or finds it in its own L1.
+        const int mine = pick.item < 0 ? -1 : own.slot(pick.item);
+        if (mine < 0) break;
+        if (slot) {
+          const int token = warp_pick_token(kept + mine * kPaddedTile, pick.item, pick.rest, lane);
+          if (lane == 0) output.store_token(token);
+          break;
+        }
         drawing = true;
         tile = pick.item;
       }
@@ -688,7 +699,7 @@ __device__ __forceinline__ void draw_token(Row& row, int vocab_size, const float
         prefetch_tile(here.p, here.q, tile + own.step, vocab_size, lane);
       }
       // In one place, so that the tile drawn from finds its instructions there.
-      const float sum = warp_weigh_tile(here, tile, vocab_size, lane, drawing ? weights : nullptr);
+      const float sum = warp_weigh_tile(here, tile, vocab_size, lane, drawing ? weights : slot);
       if (drawing) {
         __syncwarp();
         const int token = warp_pick_token(weights, tile, rest, lane);
@@ -701,6 +712,7 @@ __device__ __forceinline__ void draw_token(Row& row, int vocab_size, const float
         sums[tile] = sum;
       }
       tile += own.step;
+      if (slot) slot += blockDim.x / kWarp * kPaddedTile;
     }
     __syncthreads();
     if (picked) return;
@@ -835,7 +847,7 @@ __device__ __forceinline__ void sample_block(const Request& request, int rank, i
         if (known) warp_store_masses(row, tiles, lane, sums);
         const Pick tile = warp_pick(sums, tiles, 0, recovery_uniform, true, lane);
         if (tile.item >= 0) {
-          mine = own.of_block(tile.item);
+          mine = own.slot(tile.item) >= 0;
           if (mine) token = warp_draw_from_tile(shared_row, tile, vocab_size, lane);
         } else if (known || at_target) {
           token = 0;  // p has no mass either
