@@ -6,6 +6,7 @@
 #include <optional>
 
 #include "binding.h"
+#include "direct.h"
 
 namespace fused_rejection {
 namespace {
@@ -281,6 +282,14 @@ void implement(torch::Library& m) {
 }
 
 }  // namespace
+
+PyMethodDef* logits_methods() {
+  static PyMethodDef methods[] = {
+      method<"fused_rejection::rejection_sample_from_logits", &rejection_sample_from_logits>(),
+      method<"fused_rejection::sample_from_logits", &sample_from_logits>(),
+      {}};
+  return methods;
+}
 
 }  // namespace fused_rejection
 

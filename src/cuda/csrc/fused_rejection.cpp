@@ -1,10 +1,10 @@
 // The operators on probabilities.
-#include <Python.h>
 #include <torch/version.h>
 
 #include <string>
 
 #include "binding.h"
+#include "direct.h"
 
 namespace fused_rejection {
 namespace {
@@ -154,6 +154,12 @@ void implement(torch::Library& m) {
   m.impl("rejection_sample_flattened", &rejection_sample_flattened);
 }
 
+PyMethodDef methods[] = {
+    method<"fused_rejection::rejection_sample", &rejection_sample>(),
+    method<"fused_rejection::rejection_sample_out", &rejection_sample_out>(),
+    method<"fused_rejection::rejection_sample_flattened", &rejection_sample_flattened>(),
+    {}};
+
 }  // namespace
 }  // namespace fused_rejection
 
@@ -196,7 +202,22 @@ TORCH_LIBRARY_IMPL(fused_rejection, CUDA, m) {
 }
 #endif
 
-// setuptools wants a module to import; importing it registers the operators.
+// direct(name, type): the operator's method (direct.h) that returns instances of `type`, or None.
+static PyObject* direct(PyObject*, PyObject* args) {
+  const char* name;
+  PyObject* type;
+  if (!PyArg_ParseTuple(args, "sO", &name, &type)) return nullptr;
+  for (PyMethodDef* methods : {fused_rejection::methods, fused_rejection::logits_methods()}) {
+    for (; methods->ml_name; ++methods) {
+      if (std::string_view(methods->ml_name) == name) return PyCFunction_New(methods, type);
+    }
+  }
+  Py_RETURN_NONE;
+}
+
+static PyMethodDef functions[] = {{"direct", direct, METH_VARARGS, nullptr}, {}};
+
+// Importing the module registers the operators.
 static int add_constants(PyObject* module) {
 #ifdef WITH_CUDA
   const int with_cuda = 1;
@@ -212,7 +233,7 @@ static int add_constants(PyObject* module) {
 
 PyMODINIT_FUNC PyInit_fused_rejection_C(void) {
   static PyModuleDef definition = {PyModuleDef_HEAD_INIT, "fused_rejection_C", nullptr, -1,
-                                   nullptr};
+                                   functions};
   PyObject* module = PyModule_Create(&definition);
   if (module && add_constants(module) < 0) {
     Py_DECREF(module);
