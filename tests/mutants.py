@@ -23,6 +23,7 @@ ROOT = Path(__file__).resolve().parent.parent
 CSRC = Path("src/cuda/csrc")
 HEADER = f"{CSRC}/fused_rejection.h"
 CPP = f"{CSRC}/binding.h"
+DIRECT = f"{CSRC}/direct.h"
 KERNELS = f"{CSRC}/warp.cuh"
 TEACHING = f"{CSRC}/fused_rejection_kernel.cu"
 LEFT_BEHIND = (".git", ".venv", "build", "__pycache__", ".hypothesis", ".pytest_cache")
@@ -32,6 +33,7 @@ EXTENSION_TESTS += ("tests/test_emulated_kernels.py", "tests/test_operator.py")
 TESTS = {  # of a file: the test files, and pytest's -k
     HEADER: (EXTENSION_TESTS, "cpp or emulated or kernels or flattened"),
     CPP: (EXTENSION_TESTS, "cpp or flattened"),
+    DIRECT: (("tests/test_direct.py",), ""),
     TEACHING: (("tests/test_emulated_kernels.py",), "seeds or kernel"),
     KERNELS: (("tests/test_emulated_kernels.py", "tests/test_properties.py"), "kernel"),
     "src/baseline/rejection_sampler.py": (
@@ -155,6 +157,37 @@ MUTANTS = [
         CPP,
         "const float u = uniform(a, b, a.spec_length);",
         "const float u = uniform(a, b, 0);",
+    ),
+    Mutant(
+        "a direct call passes over a dispatch mode",
+        DIRECT,
+        "c10::DispatchKeySet(c10::DispatchKey::BackendSelect);",
+        "c10::DispatchKeySet({c10::DispatchKey::BackendSelect, c10::DispatchKey::Python, "
+        "c10::DispatchKey::PythonTLSSnapshot});",
+    ),
+    Mutant(
+        "a direct call passes over a function mode",
+        DIRECT,
+        "on_device && !at::impl::torch_function_mode_enabled()",
+        "on_device",
+    ),
+    Mutant(
+        "a direct call passes over a subclass of torch.Tensor",
+        DIRECT,
+        "!THPVariable_CheckExact(object)",
+        "!THPVariable_Check(object)",
+    ),
+    Mutant(
+        "a direct call passes over autograd",
+        DIRECT,
+        "at::GradMode::is_enabled()",
+        "false",
+    ),
+    Mutant(
+        "a direct call keeps the GIL",
+        DIRECT,
+        "const WithoutGil without_gil;",
+        "",
     ),
     Mutant(
         "reads beyond the row's end in its last tile",
@@ -306,7 +339,7 @@ def run_tests(folder: Path, file: str) -> str | None:
 def try_mutant(folder: Path, mutant: Mutant, extension: dict[Path, bytes]) -> str | None:
     before = plant(folder, mutant)
     try:
-        if mutant.file in (HEADER, CPP):
+        if mutant.file in (HEADER, CPP, DIRECT):
             build(folder)
         return run_tests(folder, mutant.file)
     finally:

@@ -24,7 +24,7 @@ CALLS = 20
 TOP_KERNELS = 8
 _SPAN = "one sampler call"
 # The host's stages by the profiler's names; what fits none of them and has "::" is dispatch: the
-# operator's look-up, its checks in C++, and on a CPU its work.
+# operators between the call and its launch, the samplers' checks in C++, and on a CPU their work.
 _STAGES = {
     "launch": re.compile(r"^cu(da)?Launch|^cudaGraphLaunch"),
     "allocation": re.compile(r"^aten::(new_)?empty|^cuda(Malloc|Free)|^cuMem"),

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 
 from src.contract import SampledTokens, SamplerOutput, validate_logits, validate_sample
-from src.cuda.fused_sampler import checked_call, is_block, operator, register_fake, require
+from src.cuda.fused_sampler import caller, is_block, register_fake, require
 
 __all__ = ["rejection_sample_from_logits", "require", "sample_from_logits"]
 
@@ -46,8 +46,8 @@ def _fake_sample(logits, *rest):
     return logits.new_empty(rows, dtype=torch.int64), logits.new_empty(rows, dtype=torch.float64)
 
 
-_VERIFY = operator("rejection_sample_from_logits")
-_SAMPLE = operator("sample_from_logits")
+_VERIFY = caller("rejection_sample_from_logits", _validate_verify, SamplerOutput)
+_SAMPLE = caller("sample_from_logits", _validate_sample, SampledTokens)
 register_fake("rejection_sample_from_logits", _fake_verify)
 register_fake("sample_from_logits", _fake_sample)
 
@@ -79,7 +79,7 @@ def rejection_sample_from_logits(
     arguments = (draft_token_ids, target_logits, draft_logits, draft_probs, draft_logsumexp)
     arguments += (temperature, top_k, top_p, min_p, num_draft_tokens)
     arguments += (uniforms, seeds, offsets, generator, is_block(verification))
-    return SamplerOutput(*checked_call(_VERIFY, _validate_verify, arguments))
+    return _VERIFY(*arguments)
 
 
 def sample_from_logits(
@@ -99,5 +99,4 @@ def sample_from_logits(
     The logsumexp, given to rejection_sample_from_logits as draft_logsumexp, makes the q verified
     the q sampled from, to the bit.
     """
-    arguments = (logits, temperature, top_k, top_p, min_p, uniforms, seeds, offsets, generator)
-    return SampledTokens(*checked_call(_SAMPLE, _validate_sample, arguments))
+    return _SAMPLE(logits, temperature, top_k, top_p, min_p, uniforms, seeds, offsets, generator)

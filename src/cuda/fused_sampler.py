@@ -9,6 +9,7 @@ import sys
 from pathlib import Path
 
 import torch
+from torch.compiler import is_dynamo_compiling
 
 from src.contract import (
     SamplerOutput,
@@ -68,9 +69,8 @@ def require(device: str) -> None:
         )
     try:
         probs = torch.ones((1, 1, 1), device="cuda")
-        _SAMPLE(
-            torch.empty((1, 0), dtype=torch.int32, device="cuda"),
-            *(None, probs, None, probs[0], None, None, None),
+        rejection_sample(
+            torch.empty((1, 0), dtype=torch.int32, device="cuda"), None, probs, uniforms=probs[0]
         )
         torch.cuda.synchronize()
     except RuntimeError as error:  # the card's architecture was not compiled for, out of memory …
@@ -95,16 +95,32 @@ def register_fake(name: str, function) -> None:
         torch.library.register_fake(f"fused_rejection::{name}", function)
 
 
-def checked_call(operator, check, arguments, *out):
-    """operator(*arguments, *out); `check` raises the contract's sentence for bad arguments."""
-    try:
-        return operator(*arguments, *out)
-    except (TypeError, ValueError, RuntimeError):
-        # The operator guards itself tersely and in C++, so that a good call pays for no Python
-        # checks; a bad one gets the sentence.
-        if operator is not _missing:
+def caller(name: str, check, result=None):
+    """The operator as a function of its arguments, all positional: the `result` made of what it
+    returns (True where it returns nothing). `check` raises the contract's sentence for arguments
+    that it refuses."""
+    if _MODULE is None:
+        return _missing
+    dispatched = operator(name)
+    # The same without the dispatcher, which takes longer than all else that a call does on the
+    # host. None: here the dispatcher does more than to find the kernel, as in a mode or for a
+    # subclass of torch.Tensor.
+    direct = _MODULE.direct(name, result) or (lambda *_arguments: None)
+
+    def call(*arguments):
+        try:
+            output = None if is_dynamo_compiling() else direct(*arguments)
+            if output is None:
+                output = dispatched(*arguments)
+                output = result(*output) if result else True
+            return output
+        except (TypeError, ValueError, RuntimeError):
+            # The operator guards itself tersely and in C++, so that a good call pays for no Python
+            # checks; a bad one gets the sentence.
             check(*arguments)
-        raise
+            raise
+
+    return call
 
 
 def is_block(verification: str) -> bool:
@@ -145,10 +161,10 @@ def _fake_flattened(*arguments):
     return _outputs(arguments[0], _validate_flattened(*arguments))
 
 
-_SAMPLE = operator("rejection_sample")
-_SAMPLE_OUT = operator("rejection_sample_out")
-_THREAD_PER_ROW = operator("rejection_sample_thread_per_row")
-_FLATTENED = operator("rejection_sample_flattened")
+_SAMPLE = caller("rejection_sample", _validate, SamplerOutput)
+_SAMPLE_OUT = caller("rejection_sample_out", _validate)
+_THREAD_PER_ROW = caller("rejection_sample_thread_per_row", _validate, SamplerOutput)
+_FLATTENED = caller("rejection_sample_flattened", _validate_flattened, SamplerOutput)
 register_fake("rejection_sample", _fake)
 register_fake("rejection_sample_out", _fake_out)
 register_fake("rejection_sample_thread_per_row", _fake)
@@ -179,12 +195,21 @@ def rejection_sample(
     torch.compile. On CPU tensors the C++ kernel runs: the same tokens, bit for bit, from the same
     uniforms or seeds. Raises SamplerUnavailable where the extension is missing.
     """
-    arguments = (draft_token_ids, draft_probs, target_probs, num_draft_tokens)
-    arguments += (uniforms, seeds, offsets, generator, is_block(verification))
+    arguments = (
+        draft_token_ids,
+        draft_probs,
+        target_probs,
+        num_draft_tokens,
+        uniforms,
+        seeds,
+        offsets,
+        generator,
+        is_block(verification),
+    )
     if out is None:
-        return SamplerOutput(*checked_call(_SAMPLE, _validate, arguments))
+        return _SAMPLE(*arguments)
     try:
-        checked_call(_SAMPLE_OUT, _validate, arguments, *out)
+        _SAMPLE_OUT(*arguments, *out)
     except ValueError as error:
         if str(error).startswith("out "):
             shape = _validate(*arguments)
@@ -195,7 +220,7 @@ def rejection_sample(
                 f"{draft_token_ids.dtype} and [{shape.batch_size}] torch.int32"
             ) from error
         raise
-    return SamplerOutput(*out)
+    return out if type(out) is SamplerOutput else SamplerOutput(*out)
 
 
 def rejection_sample_flattened(
@@ -228,7 +253,7 @@ def rejection_sample_flattened(
     """
     arguments = (draft_token_ids, cu_num_draft_tokens, draft_probs, target_probs, bonus_probs)
     arguments += (max_spec_length, uniforms, seeds, offsets, generator, is_block(verification))
-    return SamplerOutput(*checked_call(_FLATTENED, _validate_flattened, arguments))
+    return _FLATTENED(*arguments)
 
 
 def rejection_sample_thread_per_row(
@@ -245,4 +270,4 @@ def rejection_sample_thread_per_row(
     """rejection_sample by the teaching kernel, one GPU thread a batch row. CUDA tensors only."""
     arguments = (draft_token_ids, draft_probs, target_probs, num_draft_tokens)
     arguments += (uniforms, seeds, offsets, generator)
-    return SamplerOutput(*checked_call(_THREAD_PER_ROW, _validate, arguments))
+    return _THREAD_PER_ROW(*arguments)

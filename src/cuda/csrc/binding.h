@@ -1,10 +1,12 @@
 // What the operators' bindings share: checked arguments, the CPU kernel, the way to a CUDA launch.
 #pragma once
 
+#include <ATen/EmptyTensor.h>
 #include <torch/library.h>
 #include <torch/types.h>
 
 #include <algorithm>
+#include <forward_list>
 #include <mutex>
 #include <tuple>
 #include <utility>
@@ -14,7 +16,7 @@
 
 #ifdef WITH_CUDA
 #include <ATen/cuda/CUDAGeneratorImpl.h>
-#include <ATen/cuda/EmptyTensor.h>
+#include <c10/cuda/CUDACachingAllocator.h>
 #include <c10/cuda/CUDAGuard.h>
 #include <c10/cuda/CUDAStream.h>
 #endif
@@ -25,66 +27,84 @@ namespace {
 using OptionalTensor = std::optional<at::Tensor>;
 using OptionalGenerator = std::optional<at::Generator>;
 using Output = std::tuple<at::Tensor, at::Tensor>;
+using OutputReference = std::tuple<const at::Tensor&, const at::Tensor&>;
 
 // src/contract.py has the sentences; these guard the memory when it is not called first.
 inline void check(bool ok, const char* argument) {
   TORCH_CHECK_VALUE(ok, argument, " does not fit the other arguments; see src/contract.py");
 }
 
-// The padded layout, or the flattened ragged one where draft_ends is given.
+inline const at::Tensor* address(const OptionalTensor& tensor) {
+  return tensor ? &*tensor : nullptr;
+}
+
+// Tensors at addresses that a move keeps. It cannot be copied: the copy's addresses would differ.
+struct Tensors : std::forward_list<at::Tensor> {
+  Tensors() = default;
+  Tensors(Tensors&&) = default;
+};
+
+// The padded layout, or the flattened ragged one where draft_ends is given. The caller's tensors
+// are borrowed, null where there is none: a reference of our own would be an atomic operation and,
+// where Python has the only other one, with newer PyTorch a wait for the GIL.
 struct Arguments {
-  at::Tensor ids;
-  OptionalTensor draft_probs;
-  at::Tensor target_probs;
-  OptionalTensor num_draft_tokens, draft_ends, bonus_probs, uniforms, seeds, offsets;
-  OptionalGenerator generator;
+  const at::Tensor* ids;
+  const at::Tensor* draft_probs;
+  const at::Tensor* target_probs;
+  const at::Tensor *num_draft_tokens, *draft_ends, *bonus_probs, *uniforms, *seeds, *offsets;
+  const OptionalGenerator& generator;
   int64_t batch_size, spec_length;
   bool block_verification = false;
+  Tensors made = {};  // what the pointers point at where it is not the caller's
 
-  at::Device device() const { return target_probs.device(); }
-  at::ScalarType dtype() const { return target_probs.scalar_type(); }
-  int64_t vocab_size() const { return target_probs.size(-1); }
+  at::Device device() const { return target_probs->device(); }
+  at::ScalarType dtype() const { return target_probs->scalar_type(); }
+  int64_t vocab_size() const { return target_probs->size(-1); }
 
-  // Checks what is the same in both layouts, and makes the small tensors contiguous.
-  void check_common() {
-    check(ids.device() == device() &&
-              (ids.scalar_type() == at::kLong || ids.scalar_type() == at::kInt),
+  // Checks what is the same in every layout, and makes the small tensors contiguous.
+  void check_common(at::IntArrayRef uniforms_shape) {
+    check(ids->device() == device() &&
+              (ids->scalar_type() == at::kLong || ids->scalar_type() == at::kInt),
           "draft_token_ids");
     check((dtype() == at::kFloat || dtype() == at::kBFloat16 || dtype() == at::kHalf) &&
-              vocab_size() > 0 && vocab_size() <= kMaxVocabSize && is_readable(target_probs),
+              vocab_size() > 0 && vocab_size() <= kMaxVocabSize && is_readable(*target_probs),
           "target_probs");
     for (const auto& [probs, name] :
-         {std::pair(&draft_probs, "draft_probs"), std::pair(&bonus_probs, "bonus_probs")}) {
-      if (!*probs) continue;
-      check((*probs)->scalar_type() == dtype() && (*probs)->device() == device() &&
-                is_readable(**probs),
+         {std::pair(draft_probs, "draft_probs"), std::pair(bonus_probs, "bonus_probs")}) {
+      check(!probs || (probs->scalar_type() == dtype() && probs->device() == device() &&
+                       is_readable(*probs)),
             name);
     }
-    check(seeds.has_value() == offsets.has_value(), "seeds");
-    check(uniforms.has_value() + seeds.has_value() + generator.has_value() <= 1, "generator");
-    ids = ids.contiguous();
+    check((seeds != nullptr) == (offsets != nullptr), "seeds");
+    check((uniforms != nullptr) + (seeds != nullptr) + generator.has_value() <= 1, "generator");
+    make_contiguous(ids);
     make_rows(num_draft_tokens, at::kInt, "num_draft_tokens");
     make_rows(draft_ends, at::kInt, "cu_num_draft_tokens");
     make_rows(seeds, at::kLong, "seeds");
     make_rows(offsets, at::kLong, "offsets");
-    if (uniforms) {
-      check(uniforms->sizes() == at::IntArrayRef({batch_size, spec_length + 1}) &&
-                uniforms->scalar_type() == at::kFloat && uniforms->device() == device(),
-            "uniforms");
-      uniforms = uniforms->contiguous();
-    }
+    make_shape(uniforms, uniforms_shape, at::kFloat, "uniforms");
   }
 
   // Checks a [B] argument and makes it contiguous.
-  void make_rows(OptionalTensor& tensor, at::ScalarType wanted, const char* name) const {
+  void make_rows(const at::Tensor*& tensor, at::ScalarType wanted, const char* name) {
+    make_shape(tensor, {batch_size}, wanted, name);
+  }
+
+  // The same for another shape.
+  void make_shape(const at::Tensor*& tensor, at::IntArrayRef shape, at::ScalarType wanted,
+                  const char* name) {
     if (!tensor) return;
-    check(tensor->sizes() == at::IntArrayRef({batch_size}) && tensor->scalar_type() == wanted &&
-              tensor->device() == device(),
-          name);
-    tensor = tensor->contiguous();
+    check(
+        tensor->sizes() == shape && tensor->scalar_type() == wanted && tensor->device() == device(),
+        name);
+    make_contiguous(tensor);
   }
 
  private:
+  void make_contiguous(const at::Tensor*& tensor) {
+    if (!tensor->is_contiguous()) tensor = &made.emplace_front(tensor->contiguous());
+  }
+
   static bool is_readable(const at::Tensor& probs) {
     return probs.size(-1) == 1 || probs.numel() == 0 || probs.stride(-1) == 1;
   }
@@ -102,9 +122,19 @@ inline Arguments padded(const at::Tensor& ids, const OptionalTensor& draft_probs
   check(!draft_probs || draft_probs->sizes() ==
                             at::IntArrayRef({batch_size, spec_length, target_probs.size(2)}),
         "draft_probs");
-  Arguments a{ids,      draft_probs, target_probs, num_draft_tokens, {},         {},
-              uniforms, seeds,       offsets,      generator,        batch_size, spec_length};
-  a.check_common();
+  Arguments a{.ids = &ids,
+              .draft_probs = address(draft_probs),
+              .target_probs = &target_probs,
+              .num_draft_tokens = address(num_draft_tokens),
+              .draft_ends = nullptr,
+              .bonus_probs = nullptr,
+              .uniforms = address(uniforms),
+              .seeds = address(seeds),
+              .offsets = address(offsets),
+              .generator = generator,
+              .batch_size = batch_size,
+              .spec_length = spec_length};
+  a.check_common({a.batch_size, a.spec_length + 1});
   return a;
 }
 
@@ -120,29 +150,58 @@ inline Arguments flattened(const at::Tensor& ids, const at::Tensor& draft_ends,
   check(target_probs.dim() == 2 && target_probs.size(0) == total, "target_probs");
   check(!draft_probs || draft_probs->sizes() == target_probs.sizes(), "draft_probs");
   check(bonus_probs.sizes() == at::IntArrayRef({batch_size, target_probs.size(1)}), "bonus_probs");
-  Arguments a{ids,      draft_probs, target_probs, {},        draft_ends, bonus_probs,
-              uniforms, seeds,       offsets,      generator, batch_size, max_spec_length};
-  a.check_common();
+  Arguments a{.ids = &ids,
+              .draft_probs = address(draft_probs),
+              .target_probs = &target_probs,
+              .num_draft_tokens = nullptr,
+              .draft_ends = &draft_ends,
+              .bonus_probs = &bonus_probs,
+              .uniforms = address(uniforms),
+              .seeds = address(seeds),
+              .offsets = address(offsets),
+              .generator = generator,
+              .batch_size = batch_size,
+              .spec_length = max_spec_length};
+  a.check_common({a.batch_size, a.spec_length + 1});
   return a;
 }
 
-inline at::Tensor empty(at::IntArrayRef size, const at::TensorOptions& options) {
+// Makes a CUDA device the current one.
+struct OnDevice {
 #ifdef WITH_CUDA
-  // What at::empty reaches through the dispatcher, which costs a microsecond a tensor.
-  if (options.device().is_cuda()) return at::Tensor(at::detail::empty_cuda(size, options));
+  c10::cuda::OptionalCUDAGuard guard;
+  explicit OnDevice(at::Device device) {
+    if (device.is_cuda()) guard.set_device(device);
+  }
+#else
+  explicit OnDevice(at::Device) {}
 #endif
-  return at::empty(size, options);
+};
+
+// What at::empty reaches through the dispatcher, which costs up to a microsecond a tensor. A CUDA
+// device is the current one already.
+inline at::Tensor empty(at::IntArrayRef size, at::ScalarType dtype, at::Device device) {
+#ifdef WITH_CUDA
+  if (device.is_cuda()) {
+    constexpr c10::DispatchKeySet keys(c10::DispatchKey::CUDA);
+    return at::Tensor(at::detail::empty_generic(size, c10::cuda::CUDACachingAllocator::get(), keys,
+                                                dtype, std::nullopt));
+  }
+#endif
+  check(device.is_cpu(), "target_probs");
+  return at::Tensor(at::detail::empty_cpu(size, dtype));
 }
 
 inline Output allocate(const Arguments& a) {
-  return {empty({a.batch_size, a.spec_length + 1}, a.ids.options()),
-          empty({a.batch_size}, a.ids.options().dtype(at::kInt))};
+  const OnDevice on_device(a.device());
+  return {empty({a.batch_size, a.spec_length + 1}, a.ids->scalar_type(), a.device()),
+          empty({a.batch_size}, at::kInt, a.device())};
 }
 
-inline void check_output(const Arguments& a, const Output& output) {
+inline void check_output(const Arguments& a, const OutputReference& output) {
   const auto& [token_ids, num_accepted] = output;
   check(token_ids.sizes() == at::IntArrayRef({a.batch_size, a.spec_length + 1}) &&
-            token_ids.scalar_type() == a.ids.scalar_type() && token_ids.device() == a.device() &&
+            token_ids.scalar_type() == a.ids->scalar_type() && token_ids.device() == a.device() &&
             token_ids.is_contiguous() && num_accepted.sizes() == at::IntArrayRef({a.batch_size}) &&
             num_accepted.scalar_type() == at::kInt && num_accepted.device() == a.device() &&
             num_accepted.is_contiguous(),
@@ -150,11 +209,11 @@ inline void check_output(const Arguments& a, const Output& output) {
 }
 
 template <typename T>
-const T* pointer(const OptionalTensor& tensor) {
+const T* pointer(const at::Tensor* tensor) {
   return tensor ? tensor->const_data_ptr<T>() : nullptr;
 }
 
-inline Params params_of(const Arguments& a, const Output& output) {
+inline Params params_of(const Arguments& a, const OutputReference& output) {
   Params p = {};
   p.batch_size = a.batch_size;
   p.spec_length = a.spec_length;
@@ -162,21 +221,21 @@ inline Params params_of(const Arguments& a, const Output& output) {
   p.dtype = a.dtype() == at::kFloat      ? Dtype::kFloat32
             : a.dtype() == at::kBFloat16 ? Dtype::kBFloat16
                                          : Dtype::kFloat16;
-  p.ids_are_int64 = a.ids.scalar_type() == at::kLong;
-  p.draft_token_ids = a.ids.const_data_ptr();
-  p.target_probs = a.target_probs.const_data_ptr();
-  p.target_position_stride = a.target_probs.stride(-2);
+  p.ids_are_int64 = a.ids->scalar_type() == at::kLong;
+  p.draft_token_ids = a.ids->const_data_ptr();
+  p.target_probs = a.target_probs->const_data_ptr();
+  p.target_position_stride = a.target_probs->stride(-2);
   if (a.draft_probs) {
     p.draft_probs = a.draft_probs->const_data_ptr();
     p.draft_position_stride = a.draft_probs->stride(-2);
   }
   if (a.draft_ends) {
     p.draft_ends = a.draft_ends->const_data_ptr<int32_t>();
-    p.num_flat = a.ids.size(0);
+    p.num_flat = a.ids->size(0);
     p.bonus_probs = a.bonus_probs->const_data_ptr();
     p.bonus_row_stride = a.bonus_probs->stride(0);
   } else {
-    p.target_row_stride = a.target_probs.stride(0);
+    p.target_row_stride = a.target_probs->stride(0);
     if (a.draft_probs) p.draft_row_stride = a.draft_probs->stride(0);
   }
   p.num_draft_tokens = pointer<int32_t>(a.num_draft_tokens);
@@ -280,14 +339,12 @@ void sample_batch(const Params& a, const RequestOf& request_of) {
   }
 }
 
-// The arguments with uniforms drawn from the generator where nothing else was given.
-inline Arguments with_uniforms(Arguments a) {
-  check(a.ids.is_cpu(), "draft_token_ids");
-  if (!a.uniforms && !a.seeds) {
-    a.uniforms =
-        at::rand({a.batch_size, a.spec_length + 1}, a.generator, a.ids.options().dtype(at::kFloat));
-  }
-  return a;
+// Draws uniforms from the generator where nothing else was given.
+inline void draw_uniforms(Arguments& a) {
+  check(a.ids->is_cpu(), "draft_token_ids");
+  if (a.uniforms || a.seeds) return;
+  a.uniforms = &a.made.emplace_front(
+      at::rand({a.batch_size, a.spec_length + 1}, a.generator, a.ids->options().dtype(at::kFloat)));
 }
 
 // Calls f with a value of the element type of `dtype`.
@@ -333,9 +390,9 @@ inline void take_philox_state(const Arguments& a, Params& params) {
 
 // launch(params, stream) enqueues the kernel on the arguments' device.
 template <typename Launch>
-void launch_on_device(const Arguments& a, const Output& output, const Launch& launch) {
+void launch_on_device(const Arguments& a, const OutputReference& output, const Launch& launch) {
   if (a.batch_size == 0) return;
-  const c10::cuda::CUDAGuard guard(a.device());
+  const OnDevice on_device(a.device());
   Params params = params_of(a, output);
   if (!a.uniforms && !a.seeds) take_philox_state(a, params);
   launch(params, c10::cuda::getCurrentCUDAStream().stream());

@@ -6,6 +6,7 @@
 #include <optional>
 
 #include "binding.h"
+#include "direct.h"
 
 namespace fused_rejection {
 namespace {
@@ -15,24 +16,19 @@ namespace {
 struct LogitsArguments {
   Arguments base;
   bool draft_is_logits;
-  OptionalTensor draft_logsumexp, temperature, top_k, top_p, min_p;
+  const at::Tensor *draft_logsumexp, *temperature, *top_k, *top_p, *min_p;
 
   void check_parameters() {
     base.make_rows(temperature, at::kFloat, "temperature");
     base.make_rows(top_k, at::kInt, "top_k");
     base.make_rows(top_p, at::kFloat, "top_p");
     base.make_rows(min_p, at::kFloat, "min_p");
-    if (draft_logsumexp) {
-      check(draft_is_logits && draft_logsumexp->sizes() == base.ids.sizes() &&
-                draft_logsumexp->scalar_type() == at::kDouble &&
-                draft_logsumexp->device() == base.device(),
-            "draft_logsumexp");
-      draft_logsumexp = draft_logsumexp->contiguous();
-    }
+    check(draft_is_logits || !draft_logsumexp, "draft_logsumexp");
+    base.make_shape(draft_logsumexp, base.ids->sizes(), at::kDouble, "draft_logsumexp");
   }
 };
 
-LogitsParams params_of(const LogitsArguments& a, const Output& output, double* logsumexp) {
+LogitsParams params_of(const LogitsArguments& a, const OutputReference& output, double* logsumexp) {
   LogitsParams p = {};
   p.base = params_of(a.base, output);
   p.draft_is_logits = a.draft_is_logits;
@@ -204,8 +200,8 @@ struct LazyRequest : LogitsRequest<T, LazySummaries<T>> {
   }
 };
 
-void sample_logits_on_cpu(LogitsArguments a, const Output& output, double* logsumexp) {
-  a.base = with_uniforms(a.base);
+void sample_logits_on_cpu(LogitsArguments& a, const OutputReference& output, double* logsumexp) {
+  draw_uniforms(a.base);
   const LogitsParams params = params_of(a, output, logsumexp);
   for_element(params.base.dtype, [&](auto element) {
     using T = decltype(element);
@@ -216,21 +212,28 @@ void sample_logits_on_cpu(LogitsArguments a, const Output& output, double* logsu
 // ---- CUDA
 
 #ifdef WITH_CUDA
-void sample_logits_on_cuda(LogitsArguments a, const Output& output, double* logsumexp) {
+void sample_logits_on_cuda(const LogitsArguments& a, const OutputReference& output,
+                           double* logsumexp) {
   launch_on_device(a.base, output, [&](const Params& base, void* stream) {
     LogitsParams params = params_of(a, output, logsumexp);
     params.base = base;  // with the generator's state
     LogitsPlan plan = {};
     check_cuda(plan_from_logits(params, Exchange::kAuto, 0, &plan));
-    at::Tensor workspace = at::empty({plan.workspace_bytes}, a.base.ids.options().dtype(at::kByte));
+    at::Tensor workspace = empty({plan.workspace_bytes}, at::kByte, a.base.device());
     check_cuda(launch_from_logits(params, plan, workspace.mutable_data_ptr(), stream));
   });
 }
 #endif
 
-using Sample = void (*)(LogitsArguments, const Output&, double*);
+// ---- What both devices offer
 
-template <Sample sample>
+void sample(LogitsArguments& a, const OutputReference& output, double* logsumexp) {
+#ifdef WITH_CUDA
+  if (a.base.device().is_cuda()) return sample_logits_on_cuda(a, output, logsumexp);
+#endif
+  sample_logits_on_cpu(a, output, logsumexp);
+}
+
 Output rejection_sample_from_logits(
     const at::Tensor& ids, const at::Tensor& target_logits, const OptionalTensor& draft_logits,
     const OptionalTensor& draft_probs, const OptionalTensor& draft_logsumexp,
@@ -242,11 +245,11 @@ Output rejection_sample_from_logits(
   LogitsArguments a{padded(ids, draft_logits ? draft_logits : draft_probs, target_logits,
                            num_draft_tokens, uniforms, seeds, offsets, generator),
                     draft_logits.has_value(),
-                    draft_logsumexp,
-                    temperature,
-                    top_k,
-                    top_p,
-                    min_p};
+                    address(draft_logsumexp),
+                    address(temperature),
+                    address(top_k),
+                    address(top_p),
+                    address(min_p)};
   a.check_parameters();
   a.base.block_verification = block;
   Output output = allocate(a.base);
@@ -254,39 +257,55 @@ Output rejection_sample_from_logits(
   return output;
 }
 
-template <Sample sample>
 Output sample_from_logits(const at::Tensor& logits, const OptionalTensor& temperature,
                           const OptionalTensor& top_k, const OptionalTensor& top_p,
                           const OptionalTensor& min_p, const OptionalTensor& uniforms,
                           const OptionalTensor& seeds, const OptionalTensor& offsets,
                           const OptionalGenerator& generator) {
   check(logits.dim() == 2, "logits");
-  check(!uniforms || uniforms->dim() == 1, "uniforms");
+  const int64_t rows = logits.size(0);
+  const at::Device device = logits.device();
+  const OnDevice on_device(device);
   // A verification without drafts: the bonus token is the sample.
-  const at::Tensor no_drafts = at::empty({logits.size(0), 0}, logits.options().dtype(at::kLong));
-  const OptionalTensor recovery = uniforms ? OptionalTensor(uniforms->unsqueeze(1)) : uniforms;
-  LogitsArguments a{
-      padded(no_drafts, {}, logits.unsqueeze(1), {}, recovery, seeds, offsets, generator),
-      false,
-      {},
-      temperature,
-      top_k,
-      top_p,
-      min_p};
+  const at::Tensor no_drafts = empty({rows, 0}, at::kLong, device);
+  Arguments base{.ids = &no_drafts,
+                 .draft_probs = nullptr,
+                 .target_probs = &logits,
+                 .num_draft_tokens = nullptr,
+                 .draft_ends = nullptr,
+                 .bonus_probs = nullptr,
+                 .uniforms = address(uniforms),
+                 .seeds = address(seeds),
+                 .offsets = address(offsets),
+                 .generator = generator,
+                 .batch_size = rows,
+                 .spec_length = 0};
+  base.check_common({rows});
+  LogitsArguments a{std::move(base), false,          nullptr,       address(temperature),
+                    address(top_k),  address(top_p), address(min_p)};
   a.check_parameters();
-  const Output output = allocate(a.base);
-  at::Tensor logsumexp = at::empty({logits.size(0)}, logits.options().dtype(at::kDouble));
-  sample(a, output, logsumexp.mutable_data_ptr<double>());
-  return {std::get<0>(output).squeeze(1), logsumexp};
+  at::Tensor token_ids = empty({rows}, at::kLong, device);
+  at::Tensor logsumexp = empty({rows}, at::kDouble, device);
+  const at::Tensor num_accepted = empty({rows}, at::kInt, device);  // zeros, which nobody wants
+  sample(a, {token_ids, num_accepted}, logsumexp.mutable_data_ptr<double>());
+  return {std::move(token_ids), std::move(logsumexp)};
 }
 
-template <Sample sample>
 void implement(torch::Library& m) {
-  m.impl("rejection_sample_from_logits", &rejection_sample_from_logits<sample>);
-  m.impl("sample_from_logits", &sample_from_logits<sample>);
+  m.impl("rejection_sample_from_logits", &rejection_sample_from_logits);
+  m.impl("sample_from_logits", &sample_from_logits);
 }
 
 }  // namespace
+
+PyMethodDef* logits_methods() {
+  static PyMethodDef methods[] = {
+      method<"fused_rejection::rejection_sample_from_logits", &rejection_sample_from_logits>(),
+      method<"fused_rejection::sample_from_logits", &sample_from_logits>(),
+      {}};
+  return methods;
+}
+
 }  // namespace fused_rejection
 
 #define FR_PARAMETERS "Tensor? temperature, Tensor? top_k, Tensor? top_p, Tensor? min_p, "
@@ -305,12 +324,8 @@ TORCH_LIBRARY_FRAGMENT(fused_rejection, m) {
         tags);
 }
 
-TORCH_LIBRARY_IMPL(fused_rejection, CPU, m) {
-  fused_rejection::implement<&fused_rejection::sample_logits_on_cpu>(m);
-}
+TORCH_LIBRARY_IMPL(fused_rejection, CPU, m) { fused_rejection::implement(m); }
 
 #ifdef WITH_CUDA
-TORCH_LIBRARY_IMPL(fused_rejection, CUDA, m) {
-  fused_rejection::implement<&fused_rejection::sample_logits_on_cuda>(m);
-}
+TORCH_LIBRARY_IMPL(fused_rejection, CUDA, m) { fused_rejection::implement(m); }
 #endif

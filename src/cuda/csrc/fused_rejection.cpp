@@ -1,16 +1,16 @@
 // The operators on probabilities.
-#include <Python.h>
 #include <torch/version.h>
 
 #include <string>
 
 #include "binding.h"
+#include "direct.h"
 
 namespace fused_rejection {
 namespace {
 
-void sample_on_cpu(const Arguments& arguments, const Output& output) {
-  const Arguments a = with_uniforms(arguments);
+void sample_on_cpu(Arguments& a, const OutputReference& output) {
+  draw_uniforms(a);
   const Params params = params_of(a, output);
   for_element(params.dtype, [&](auto element) {
     using T = decltype(element);
@@ -25,7 +25,7 @@ void launch_planned(const Params& params, Exchange exchange, int64_t blocks_per_
   check_cuda(plan_fused(params, exchange, static_cast<int>(blocks_per_row), &plan));
   at::Tensor workspace;
   if (plan.workspace_bytes > 0) {
-    workspace = at::empty({plan.workspace_bytes}, a.ids.options().dtype(at::kByte));
+    workspace = empty({plan.workspace_bytes}, at::kByte, a.device());
   }
   void* memory = plan.workspace_bytes > 0 ? workspace.mutable_data_ptr() : nullptr;
   check_cuda(launch_fused(params, plan, memory, stream));
@@ -92,16 +92,22 @@ at::Tensor read_rows(const OptionalTensor& draft_probs, const at::Tensor& target
   return sums;
 }
 
-void sample_on_cuda(const Arguments& a, const Output& output) {
+void sample_on_cuda(const Arguments& a, const OutputReference& output) {
   launch_on_device(a, output, [&](const Params& params, void* stream) {
     launch_planned(params, Exchange::kAuto, 0, a, stream);
   });
 }
 #endif
 
-// ---- What both devices offer. `sample(arguments, output)` is a device's.
+// ---- What both devices offer
 
-template <auto sample>
+void sample(Arguments& a, const OutputReference& output) {
+#ifdef WITH_CUDA
+  if (a.device().is_cuda()) return sample_on_cuda(a, output);
+#endif
+  sample_on_cpu(a, output);
+}
+
 Output rejection_sample(const at::Tensor& ids, const OptionalTensor& draft_probs,
                         const at::Tensor& target_probs, const OptionalTensor& num_draft_tokens,
                         const OptionalTensor& uniforms, const OptionalTensor& seeds,
@@ -115,21 +121,19 @@ Output rejection_sample(const at::Tensor& ids, const OptionalTensor& draft_probs
   return output;
 }
 
-template <auto sample>
 void rejection_sample_out(const at::Tensor& ids, const OptionalTensor& draft_probs,
                           const at::Tensor& target_probs, const OptionalTensor& num_draft_tokens,
                           const OptionalTensor& uniforms, const OptionalTensor& seeds,
                           const OptionalTensor& offsets, const OptionalGenerator& generator,
-                          bool block, at::Tensor token_ids, at::Tensor num_accepted) {
+                          bool block, const at::Tensor& token_ids, const at::Tensor& num_accepted) {
   Arguments a =
       padded(ids, draft_probs, target_probs, num_draft_tokens, uniforms, seeds, offsets, generator);
   a.block_verification = block;
-  const Output output{token_ids, num_accepted};
+  const OutputReference output{token_ids, num_accepted};
   check_output(a, output);
   sample(a, output);
 }
 
-template <auto sample>
 Output rejection_sample_flattened(const at::Tensor& ids, const at::Tensor& cu_num_draft_tokens,
                                   const OptionalTensor& draft_probs, const at::Tensor& target_probs,
                                   const at::Tensor& bonus_probs, int64_t max_spec_length,
@@ -144,14 +148,17 @@ Output rejection_sample_flattened(const at::Tensor& ids, const at::Tensor& cu_nu
   return output;
 }
 
-using Sample = void (*)(const Arguments&, const Output&);
-
-template <Sample sample>
 void implement(torch::Library& m) {
-  m.impl("rejection_sample", &rejection_sample<sample>);
-  m.impl("rejection_sample_out", &rejection_sample_out<sample>);
-  m.impl("rejection_sample_flattened", &rejection_sample_flattened<sample>);
+  m.impl("rejection_sample", &rejection_sample);
+  m.impl("rejection_sample_out", &rejection_sample_out);
+  m.impl("rejection_sample_flattened", &rejection_sample_flattened);
 }
+
+PyMethodDef methods[] = {
+    method<"fused_rejection::rejection_sample", &rejection_sample>(),
+    method<"fused_rejection::rejection_sample_out", &rejection_sample_out>(),
+    method<"fused_rejection::rejection_sample_flattened", &rejection_sample_flattened>(),
+    {}};
 
 }  // namespace
 }  // namespace fused_rejection
@@ -184,20 +191,33 @@ TORCH_LIBRARY(fused_rejection, m) {
       "-> Tensor");
 }
 
-TORCH_LIBRARY_IMPL(fused_rejection, CPU, m) {
-  fused_rejection::implement<&fused_rejection::sample_on_cpu>(m);
-}
+TORCH_LIBRARY_IMPL(fused_rejection, CPU, m) { fused_rejection::implement(m); }
 
 #ifdef WITH_CUDA
 TORCH_LIBRARY_IMPL(fused_rejection, CUDA, m) {
-  fused_rejection::implement<&fused_rejection::sample_on_cuda>(m);
+  fused_rejection::implement(m);
   m.impl("rejection_sample_thread_per_row", &fused_rejection::rejection_sample_thread_per_row);
   m.impl("rejection_sample_planned", &fused_rejection::rejection_sample_planned);
   m.impl("read_rows", &fused_rejection::read_rows);
 }
 #endif
 
-// setuptools wants a module to import; importing it registers the operators.
+// direct(name, type): the operator's method (direct.h) that returns instances of `type`, or None.
+static PyObject* direct(PyObject*, PyObject* args) {
+  const char* name;
+  PyObject* type;
+  if (!PyArg_ParseTuple(args, "sO", &name, &type)) return nullptr;
+  for (PyMethodDef* methods : {fused_rejection::methods, fused_rejection::logits_methods()}) {
+    for (; methods->ml_name; ++methods) {
+      if (std::string_view(methods->ml_name) == name) return PyCFunction_New(methods, type);
+    }
+  }
+  Py_RETURN_NONE;
+}
+
+static PyMethodDef functions[] = {{"direct", direct, METH_VARARGS, nullptr}, {}};
+
+// Importing the module registers the operators.
 static int add_constants(PyObject* module) {
 #ifdef WITH_CUDA
   const int with_cuda = 1;
@@ -213,7 +233,7 @@ static int add_constants(PyObject* module) {
 
 PyMODINIT_FUNC PyInit_fused_rejection_C(void) {
   static PyModuleDef definition = {PyModuleDef_HEAD_INIT, "fused_rejection_C", nullptr, -1,
-                                   nullptr};
+                                   functions};
   PyObject* module = PyModule_Create(&definition);
   if (module && add_constants(module) < 0) {
     Py_DECREF(module);

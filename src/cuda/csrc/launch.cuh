@@ -4,6 +4,7 @@
 #include <cuda_runtime.h>
 
 #include <algorithm>
+#include <atomic>
 #include <mutex>
 
 #include "warp.cuh"
@@ -113,16 +114,18 @@ template <int n>
 cudaError_t current_device(const void* const (&kernels)[n], const Device** device) {
   static std::mutex mutex;
   static Device devices[kMaxDevices];
-  static bool known[kMaxDevices];
+  static std::atomic<bool> known[kMaxDevices];  // read by every call, without the lock
   int ordinal = 0;
   const cudaError_t error = cudaGetDevice(&ordinal);
   if (error != cudaSuccess) return error;
   if (ordinal >= kMaxDevices) return cudaErrorInvalidDevice;
-  const std::lock_guard<std::mutex> lock(mutex);
-  if (!known[ordinal]) {
-    const cudaError_t described = describe(kernels, ordinal, &devices[ordinal]);
-    if (described != cudaSuccess) return described;
-    known[ordinal] = true;
+  if (!known[ordinal].load(std::memory_order_acquire)) {
+    const std::lock_guard<std::mutex> lock(mutex);
+    if (!known[ordinal].load(std::memory_order_relaxed)) {
+      const cudaError_t described = describe(kernels, ordinal, &devices[ordinal]);
+      if (described != cudaSuccess) return described;
+      known[ordinal].store(true, std::memory_order_release);
+    }
   }
   *device = &devices[ordinal];
   return cudaSuccess;
