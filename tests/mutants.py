@@ -26,6 +26,10 @@ CPP = f"{CSRC}/binding.h"
 DIRECT = f"{CSRC}/direct.h"
 KERNELS = f"{CSRC}/warp.cuh"
 TEACHING = f"{CSRC}/fused_rejection_kernel.cu"
+LOGITS = f"{CSRC}/from_logits.h"
+POSITIONS = f"{CSRC}/from_logits_kernel.cu"
+THRESHOLDS = f"{CSRC}/threshold.cuh"
+TILES = f"{CSRC}/tiles.cuh"
 LEFT_BEHIND = (".git", ".venv", "build", "__pycache__", ".hypothesis", ".pytest_cache")
 LEFT_BEHIND += (".ruff_cache", "benchmark_results")
 EXTENSION_TESTS = ("tests/test_samplers.py", "tests/test_properties.py")
@@ -36,6 +40,10 @@ TESTS = {  # of a file: the test files, and pytest's -k
     DIRECT: (("tests/test_direct.py",), ""),
     TEACHING: (("tests/test_emulated_kernels.py",), "seeds or kernel"),
     KERNELS: (("tests/test_emulated_kernels.py", "tests/test_properties.py"), "kernel"),
+    LOGITS: (("tests/test_from_logits.py", "tests/test_logits_distribution.py"), "cpp"),
+    POSITIONS: (("tests/test_emulated_logits.py",), "positions"),
+    THRESHOLDS: (("tests/test_emulated_logits.py",), "thresholds"),
+    TILES: (("tests/test_emulated_logits.py",), "positions"),
     "src/baseline/rejection_sampler.py": (
         ("tests/test_samplers.py", "tests/test_properties.py"),
         "baseline",
@@ -192,8 +200,8 @@ MUTANTS = [
     Mutant(
         "reads beyond the row's end in its last tile",
         KERNELS,
-        "if (vectors && (tile + 1) * kTile <= vocab_size) {",
-        "if (vectors) {",
+        "      if (j * step < left) {",
+        "      {",
     ),
     Mutant(
         "no barrier between the decision and its readers",
@@ -204,7 +212,7 @@ MUTANTS = [
     Mutant(
         "the blocks of a row do not wait for one another's sums",
         KERNELS,
-        "if (step == Step::kInCluster) wait_for_bytes(all.pending + pass);",
+        "wait_for_bytes(all.pending + pass);",
         "",
     ),
     Mutant("every lane adds in the scan", KERNELS, "if (lane >= d) sum += other;", "sum += other;"),
@@ -217,7 +225,7 @@ MUTANTS = [
     Mutant(
         "a row without mass keeps what was in memory",
         KERNELS,
-        "request.store(accepted, 0);  // p has no mass either",
+        "output.store_token(0);  // p has no mass either",
         "",
     ),
     Mutant(
@@ -231,6 +239,60 @@ MUTANTS = [
         KERNELS,
         "k < accepted ? request.id(k) : kPlaceholderTokenId",
         "k < accepted ? request.id(k) : 0",
+    ),
+    Mutant(
+        "logits: a drafted token that the draft's filters drop is rejected",
+        LOGITS,
+        "if (!softmax(draft).keeps(x_q)) return true;",
+        "if (!softmax(draft).keeps(x_q)) return false;",
+    ),
+    Mutant(
+        "logits: the residual where q is larger is not 0",
+        LOGITS,
+        "return log2_ratio >= 0.0f ? 0.0f : difference;",
+        "return log2_ratio >= 0.0f ? -difference : difference;",
+    ),
+    Mutant(
+        "logits: top-p rounds its share down",
+        LOGITS,
+        "if (static_cast<double>(wanted) < share) ++wanted;",
+        "if (wanted > 1) wanted -= wanted / 8;",
+    ),
+    Mutant(
+        "logits: a position does not wait for its tiles' statistics",
+        POSITIONS,
+        "if (filtered || warp < rows) wait_for_bytes(at.pending);",
+        "",
+    ),
+    Mutant(
+        "logits: the launch that draws has no statistics of the target's row",
+        POSITIONS,
+        "findings.stats[position * tiles + i] = at.stats[i];",
+        "",
+    ),
+    Mutant(
+        "logits: what a request ends with is its last position's",
+        POSITIONS,
+        "if (ends) return first + __ffs(ends) - 1;",
+        "if (ends) return drafts > 0 ? drafts : 0;",
+    ),
+    Mutant(
+        "thresholds: the logit that reaches the share is left out",
+        THRESHOLDS,
+        "before < goal.wanted && goal.wanted <= with",
+        "before <= goal.wanted && goal.wanted < with",
+    ),
+    Mutant(
+        "thresholds: the carry of a bin's sum is lost",
+        THRESHOLDS,
+        "high += atomicAdd(&s.low[bin], low) + low < low;",
+        "atomicAdd(&s.low[bin], low);",
+    ),
+    Mutant(
+        "statistics: a tile keeps what is below the threshold",
+        TILES,
+        "if (kept) {",
+        "if (false) {",
     ),
     Mutant(
         "baseline: accepts u * q == p",
@@ -339,7 +401,7 @@ def run_tests(folder: Path, file: str) -> str | None:
 def try_mutant(folder: Path, mutant: Mutant, extension: dict[Path, bytes]) -> str | None:
     before = plant(folder, mutant)
     try:
-        if mutant.file in (HEADER, CPP, DIRECT):
+        if mutant.file in (HEADER, CPP, DIRECT, LOGITS):
             build(folder)
         return run_tests(folder, mutant.file)
     finally:
