@@ -49,9 +49,14 @@ struct Tensors : std::forward_list<at::Tensor> {
 // where Python has the only other one, with newer PyTorch a wait for the GIL.
 struct Arguments {
   const at::Tensor* ids;
-  const at::Tensor* draft_probs;
+  const at::Tensor* draft_probs = nullptr;
   const at::Tensor* target_probs;
-  const at::Tensor *num_draft_tokens, *draft_ends, *bonus_probs, *uniforms, *seeds, *offsets;
+  const at::Tensor* num_draft_tokens = nullptr;
+  const at::Tensor* draft_ends = nullptr;
+  const at::Tensor* bonus_probs = nullptr;
+  const at::Tensor* uniforms;
+  const at::Tensor* seeds;
+  const at::Tensor* offsets;
   const OptionalGenerator& generator;
   int64_t batch_size, spec_length;
   bool block_verification = false;
@@ -126,8 +131,6 @@ inline Arguments padded(const at::Tensor& ids, const OptionalTensor& draft_probs
               .draft_probs = address(draft_probs),
               .target_probs = &target_probs,
               .num_draft_tokens = address(num_draft_tokens),
-              .draft_ends = nullptr,
-              .bonus_probs = nullptr,
               .uniforms = address(uniforms),
               .seeds = address(seeds),
               .offsets = address(offsets),
@@ -153,7 +156,6 @@ inline Arguments flattened(const at::Tensor& ids, const at::Tensor& draft_ends,
   Arguments a{.ids = &ids,
               .draft_probs = address(draft_probs),
               .target_probs = &target_probs,
-              .num_draft_tokens = nullptr,
               .draft_ends = &draft_ends,
               .bonus_probs = &bonus_probs,
               .uniforms = address(uniforms),

@@ -269,11 +269,7 @@ Output sample_from_logits(const at::Tensor& logits, const OptionalTensor& temper
   // A verification without drafts: the bonus token is the sample.
   const at::Tensor no_drafts = empty({rows, 0}, at::kLong, device);
   Arguments base{.ids = &no_drafts,
-                 .draft_probs = nullptr,
                  .target_probs = &logits,
-                 .num_draft_tokens = nullptr,
-                 .draft_ends = nullptr,
-                 .bonus_probs = nullptr,
                  .uniforms = address(uniforms),
                  .seeds = address(seeds),
                  .offsets = address(offsets),

@@ -132,9 +132,9 @@ __global__ void __launch_bounds__(kMaxWarps* kWarp, 1)
   double* reach = reinterpret_cast<double*>(table + 2 * a.base.spec_length + 1);
   TileSums sums{workspace + b * tiles, nullptr};
   if (step == Step::kInCluster) {
-    sums.pending = reinterpret_cast<uint64_t*>(reach + (block ? a.base.spec_length + 1 : 0));
+    static_assert(step != Step::kInCluster || block);  // else positions_kernel does it
+    sums.pending = reinterpret_cast<uint64_t*>(reach + a.base.spec_length + 1);
     sums.sums = reinterpret_cast<float*>(sums.pending + 2);
-    if (!block && threadIdx.x == blockDim.x - 1) expect_sums(sums, tiles);
     cluster_start();
   }
   wait_for_launch_before();
