@@ -273,6 +273,7 @@ import os, signal, threading
 from src import samplers
 from tests.cases import make_case
 case, sample = make_case(4, 4, 30_000), samplers.get("cpp").load()
+signal.signal(signal.SIGINT, signal.default_int_handler)
 threading.Timer(0.5, lambda: os.kill(os.getpid(), signal.SIGINT)).start()
 while True:
     sample(**case)
