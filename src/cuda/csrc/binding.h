@@ -280,7 +280,7 @@ template <typename Row>
 double total_of(const Row& row, int vocab_size) {
   std::vector<float> sums(num_tiles(vocab_size));
   sum_tiles(row, vocab_size, sums);
-  Spans spans;
+  Spans<double> spans;
   sum_spans(static_cast<int>(sums.size()), [&](int tile) { return sums[tile]; }, spans);
   return spans.total();
 }
@@ -289,15 +289,17 @@ double total_of(const Row& row, int vocab_size) {
 template <typename Row, typename TileWeight>
 int draw_from_tiles(const Row& row, int vocab_size, const TileWeight& weight_of_tile, float u) {
   const int tiles = num_tiles(vocab_size);
-  Spans spans;
+  Spans<double> spans;
   sum_spans(tiles, weight_of_tile, spans);
   const Pick tile = pick_in_spans(tiles, weight_of_tile, spans, u * spans.total());
   if (tile.item < 0) return -1;
   float w[kTile];
   fill_tile(row, vocab_size, tile.item, w);
   const auto weight_of = [&](int m) { return w[m]; };
-  sum_spans(kTile, weight_of, spans);
-  return tile.item * kTile + pick_in_spans(kTile, weight_of, spans, tile.rest).item;
+  Spans<float> in_tile;
+  sum_spans(kTile, weight_of, in_tile);
+  const float rest = static_cast<float>(tile.rest);
+  return tile.item * kTile + pick_in_spans(kTile, weight_of, in_tile, rest).item;
 }
 
 template <typename Row>

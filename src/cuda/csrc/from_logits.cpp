@@ -132,7 +132,7 @@ RowSummary summarize(const LogitsParams& a, int64_t b, const T* x, std::vector<T
     return {largest, stats.data(), largest, kNegativeInfinity, argmax};
   }
   const auto sum = [&] {
-    Spans spans;
+    Spans<double> spans;
     sum_spans(tiles, [&](int tile) { return tile_weight(stats[tile], largest, scale); }, spans);
     return spans.total();
   };

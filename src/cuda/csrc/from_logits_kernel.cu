@@ -146,7 +146,7 @@ __global__ void __launch_bounds__(kMaxWarps* kWarp, 1)
   if (block) {
     sample_block<step>(request, place.rank, blocks_per_row, sums.sums, reach);
   } else {
-    sample_request<step>(request, place.rank, blocks_per_row, sums);
+    sample_request<step>(request, place.rank, blocks_per_row, sums, nullptr);
   }
 }
 
@@ -204,7 +204,7 @@ struct PositionShared {
     const int64_t exchanged = 2 * tiles * static_cast<int64_t>(sizeof(float) + sizeof(TileStats));
     return kWords * static_cast<int64_t>(sizeof(uint64_t)) + exchanged +
            (filtered ? static_cast<int64_t>(sizeof(Search)) : 0) +
-           slots * kPaddedTile * static_cast<int64_t>(sizeof(float));
+           kept_bytes(slots);
   }
 
   __device__ PositionShared(uint64_t* shared, int tiles, bool filtered)
@@ -490,7 +490,7 @@ __global__ void __launch_bounds__(kMaxWarps* kWarp, kResidentPositions<T, false>
   __syncthreads();
   cluster_wait();
   draw_token<Step::kInCluster>(row, static_cast<int>(a.base.vocab_size), recovery_uniform, rank,
-                               blocks, sums, RequestOutput<Request<T>>{request, accepted});
+                               blocks, sums, RequestOutput<Request<T>>{request, accepted}, nullptr);
 }
 
 }  // namespace
@@ -583,14 +583,6 @@ int64_t cluster_bytes(const LogitsParams& a) {
              : PositionShared::bytes(num_tiles(a.base.vocab_size), a.filters(), 0);
 }
 
-// Tiles whose weights a block of positions_kernel keeps: all that it sums where these are at most
-// two a warp, since then few requests are to be answered soon; else none.
-int kept_tiles(const LogitsParams& a, int blocks) {
-  const int warps = warps_per_block(a.base.vocab_size);
-  const int rounds = (num_tiles(a.base.vocab_size) + warps * blocks - 1) / (warps * blocks);
-  return rounds <= 2 ? rounds * warps : 0;
-}
-
 template <typename T>
 struct LaunchLogits {
   static cudaError_t run(const LogitsParams& a, const LogitsPlan& plan, char* workspace,
@@ -619,7 +611,7 @@ struct LaunchLogits {
                                                 static_cast<size_t>(sizes.verdicts_bytes), stream);
       if (error != cudaSuccess) return error;
     }
-    const int blocks = plan.blocks_per_position, kept = kept_tiles(a, blocks);
+    const int blocks = plan.blocks_per_position, kept = plan.fused.kept_tiles;
     cudaLaunchConfig_t config =
         configure(a.base.batch_size * blocks, warps_per_block(a.base.vocab_size) * kWarp, stream);
     config.gridDim.y = static_cast<unsigned>(a.base.spec_length + 1);
@@ -710,8 +702,12 @@ int plan_from_logits(const LogitsParams& a, Exchange exchange, int blocks, Logit
   if (error != cudaSuccess) return error;
   plan->blocks_per_position = 0;
   plan->early_exit = false;
+  plan->fused.kept_tiles = 0;
   if (plan->fused.exchange == Exchange::kCluster && !a.base.block_verification) {
     plan->blocks_per_position = blocks > 0 ? blocks : blocks_per_position(a, *device);
+    plan->fused.kept_tiles = tiles_to_keep(a.base.vocab_size, plan->blocks_per_position,
+                                           warps_per_block(a.base.vocab_size),
+                                           device->shared_bytes - cluster_bytes(a));
     // With all of them running at once there is no end to be found, and time to draw for nothing.
     const int64_t all = num_target_rows(a.base) * plan->blocks_per_position;
     plan->early_exit = a.base.spec_length > 0 && all > blocks_at_once(a, *device);

@@ -17,7 +17,7 @@ namespace fused_rejection {
 
 constexpr int64_t kPlaceholderTokenId = -1;
 constexpr int kTile = 512;  // indices a float32 sum runs over
-constexpr int kSpans = 32;  // a float64 sum runs over a span of tiles, or of a tile's indices
+constexpr int kSpans = 32;  // a search goes by spans of tiles, then of the tile's indices
 constexpr float kMaxWeight = 0x1p100f;
 constexpr int64_t kMaxVocabSize = (int64_t{1} << 31) - kTile;
 
@@ -374,18 +374,21 @@ FR_FUNCTION float tile_sum(const Weight& w) {
 }
 
 // The inclusive scan of 32 values in the order that a warp's shuffles give.
-FR_FUNCTION void inclusive_scan(double (&scan)[kSpans]) {
+template <typename Number>
+FR_FUNCTION void inclusive_scan(Number (&scan)[kSpans]) {
   for (int d = 1; d < kSpans; d *= 2) {
     for (int s = kSpans - 1; s >= d; --s) scan[s] += scan[s - d];
   }
 }
 
-// The sums of 32 consecutive spans of items, and their inclusive scan.
+// The sums of 32 consecutive spans of items, and their inclusive scan: in float64 over a row's
+// tiles, in float32 inside a tile.
+template <typename Number>
 struct Spans {
-  double sum[kSpans];
-  double scan[kSpans];
+  Number sum[kSpans];
+  Number scan[kSpans];
 
-  FR_FUNCTION double total() const { return scan[kSpans - 1]; }
+  FR_FUNCTION Number total() const { return scan[kSpans - 1]; }
 };
 
 struct Pick {
@@ -393,13 +396,13 @@ struct Pick {
   double rest;  // the threshold less the weight before the item
 };
 
-constexpr int kLeaves = 8;  // items of a span that are added as a tree
+constexpr int kLeaves = 8;  // items of a span that are added as a tree, and cumulated in a row
 
-template <typename Item>
-FR_FUNCTION double span_sum(int begin, int end, const Item& item) {
-  double sum = 0;
+template <typename Number, typename Item>
+FR_FUNCTION Number span_sum(int begin, int end, const Item& item) {
+  Number sum = 0;
   for (int first = begin; first < end; first += kLeaves) {
-    double w[kLeaves];
+    Number w[kLeaves];
     for (int i = 0; i < kLeaves; ++i) w[i] = first + i < end ? item(first + i) : 0;
     for (int size = kLeaves / 2; size >= 1; size /= 2) {
       for (int i = 0; i < size; ++i) w[i] = w[2 * i] + w[2 * i + 1];
@@ -409,38 +412,39 @@ FR_FUNCTION double span_sum(int begin, int end, const Item& item) {
   return sum;
 }
 
-template <typename Item>
-FR_FUNCTION void sum_spans(int count, const Item& item, Spans& spans) {
+template <typename Number, typename Item>
+FR_FUNCTION void sum_spans(int count, const Item& item, Spans<Number>& spans) {
   const int length = (count + kSpans - 1) / kSpans;
   for (int s = 0; s < kSpans; ++s) {
     const int end = (s + 1) * length < count ? (s + 1) * length : count;
-    spans.sum[s] = spans.scan[s] = span_sum(s * length, end, item);
+    spans.sum[s] = spans.scan[s] = span_sum<Number>(s * length, end, item);
   }
   inclusive_scan(spans.scan);
 }
 
 // The first item in [begin, end) whose cumulative weight exceeds `rest`; where rounding leaves
-// none, the last one with weight. Weights accumulate by a scan of 32 items after another.
-template <typename Item>
-FR_FUNCTION Pick pick_in_span(int begin, int end, const Item& item, double rest) {
+// none, the last one that adds to it.
+template <typename Number, typename Item>
+FR_FUNCTION Pick pick_in_span(int begin, int end, const Item& item, Number rest) {
   Pick pick{-1, rest};
-  double carry = 0;
-  for (int first = begin; first < end; first += kSpans) {
-    double w[kSpans], scan[kSpans];
-    for (int i = 0; i < kSpans; ++i) w[i] = scan[i] = first + i < end ? item(first + i) : 0;
-    inclusive_scan(scan);
-    for (int i = 0; i < kSpans; ++i) {
-      if (!(w[i] > 0)) continue;
-      pick = {first + i, rest - (i ? carry + scan[i - 1] : carry)};
-      if (carry + scan[i] > rest) return pick;
+  Number carry = 0, before = 0;
+  for (int first = begin; first < end; first += kLeaves) {
+    Number sum = 0;
+    for (int i = first; i < end && i < first + kLeaves; ++i) {
+      sum += item(i);
+      const Number cumulated = carry + sum;
+      if (cumulated > before) pick = {i, rest - before};
+      if (cumulated > rest) return pick;
+      before = cumulated;
     }
-    carry += scan[kSpans - 1];
+    carry = before;
   }
   return pick;
 }
 
-template <typename Item>
-FR_FUNCTION Pick pick_in_spans(int count, const Item& item, const Spans& spans, double threshold) {
+template <typename Number, typename Item>
+FR_FUNCTION Pick pick_in_spans(int count, const Item& item, const Spans<Number>& spans,
+                               Number threshold) {
   const int length = (count + kSpans - 1) / kSpans;
   int chosen = -1;
   for (int s = 0; s < kSpans; ++s) {
@@ -450,10 +454,10 @@ FR_FUNCTION Pick pick_in_spans(int count, const Item& item, const Spans& spans, 
     if (spans.scan[s] > threshold) break;
   }
   if (chosen < 0) return {-1, threshold};
-  const double before = chosen ? spans.scan[chosen - 1] : 0;
+  const Number rest = threshold - (chosen ? spans.scan[chosen - 1] : 0);
   const int begin = chosen * length;
   const int end = begin + length < count ? begin + length : count;
-  return pick_in_span(begin, end, item, threshold - before);
+  return pick_in_span<Number>(begin, end, item, rest > 0 ? rest : 0);
 }
 
 enum class Exchange { kAuto, kCluster, kWorkspace };  // how the blocks of a row share tile sums
@@ -462,6 +466,7 @@ struct Plan {
   Exchange exchange;   // kCluster or kWorkspace
   int blocks_per_row;  // a cluster's size, or any number with a workspace
   int warps_per_block;
+  int kept_tiles;           // tiles whose weights a block keeps in shared memory
   int64_t workspace_bytes;  // uninitialised device memory that launch_fused wants
 };
 

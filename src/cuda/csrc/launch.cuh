@@ -15,7 +15,8 @@ namespace {
 constexpr int kPortableCluster = 8, kLargestCluster = 16;
 constexpr int kMostBlocksWithoutClusters = 64;
 constexpr int kMaxDevices = 64;
-constexpr int64_t kMaxSharedBytes = 192 * 1024;  // of sm_90's 227 KiB a block
+constexpr int64_t kMaxSharedBytes = 192 * 1024;    // of sm_90's 227 KiB a block
+constexpr int64_t kStaticSharedBytes = 16 * 1024;  // more than any kernel's own variables
 constexpr int64_t kDefaultSharedBytes =
     40 * 1024;  // of 48 KiB: kernels have variables of their own
 
@@ -31,6 +32,13 @@ int64_t exchange_bytes(int64_t vocab_size) {
 // Whether a row's one block keeps the tile sums to itself.
 bool is_alone(int blocks_per_row, int64_t vocab_size) {
   return blocks_per_row == 1 && exchange_bytes(vocab_size) <= kDefaultSharedBytes;
+}
+
+// Tiles whose weights a block keeps in `room` bytes: all that it sums where these are at most two a
+// warp, since then few requests are to be answered soon; else none.
+int tiles_to_keep(int64_t vocab_size, int blocks, int warps, int64_t room) {
+  const int rounds = (num_tiles(vocab_size) + warps * blocks - 1) / (warps * blocks);
+  return rounds <= 2 && kept_bytes(rounds * warps) <= room ? rounds * warps : 0;
 }
 
 // Calls Action<T>::run(args...) for the element type of `dtype`.
@@ -65,6 +73,7 @@ struct Device {
   int most_warps;         // a block of kernels[0] may have
   int large_clusters[5];  // of 1, 2, 4, 8, 16 such blocks that run at once: a block there may have
                           // a multiprocessor to itself
+  int64_t shared_bytes;   // that a kernel may ask for
   int largest_cluster;    // 0: no clusters, or none in the code compiled for this card
 };
 
@@ -82,20 +91,28 @@ int clusters_at_once(const void* kernel, int size, int warps) {
 // `kernels`: the kernels that would run in clusters, one for each dtype.
 template <int n>
 cudaError_t describe(const void* const (&kernels)[n], int ordinal, Device* device) {
-  int major = 0;
+  int major = 0, most_shared = 0;
   cudaError_t error =
       cudaDeviceGetAttribute(&device->multiprocessors, cudaDevAttrMultiProcessorCount, ordinal);
   if (error == cudaSuccess) {
     error = cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, ordinal);
   }
+  if (error == cudaSuccess) {
+    error =
+        cudaDeviceGetAttribute(&most_shared, cudaDevAttrMaxSharedMemoryPerBlockOptin, ordinal);
+  }
   cudaFuncAttributes attributes;
   if (error == cudaSuccess) error = cudaFuncGetAttributes(&attributes, kernels[0]);
   if (error != cudaSuccess) return error;
-  *device = {device->multiprocessors, attributes.maxThreadsPerBlock / kWarp, {}, 0};
+  *device = {device->multiprocessors, attributes.maxThreadsPerBlock / kWarp, {}, 0, 0};
+  device->shared_bytes = std::min(kMaxSharedBytes, most_shared - kStaticSharedBytes);
   // Code compiled for sm_80 runs on later cards too, but its cluster instructions are left out.
   if (major < 9 || attributes.binaryVersion < 90 || attributes.ptxVersion < 90) return cudaSuccess;
   device->largest_cluster = kLargestCluster;
   for (const void* kernel : kernels) {
+    error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
+                                 static_cast<int>(device->shared_bytes));
+    if (error != cudaSuccess) return error;
     if (cudaFuncSetAttribute(kernel, cudaFuncAttributeNonPortableClusterSizeAllowed, 1) !=
             cudaSuccess ||
         clusters_at_once(kernel, kLargestCluster, kMaxWarps) == 0) {
@@ -153,7 +170,7 @@ int rounds(const Device& device, int64_t batch_size, int tiles, Exchange exchang
 // batch (more are not placed evenly where they come in clusters), and no block without eight tiles.
 cudaError_t plan_blocks(const Device& device, int64_t batch_size, int64_t vocab_size,
                         int64_t shared_bytes, Exchange exchange, int blocks_per_row, Plan* plan) {
-  const bool clusters_fit = device.largest_cluster > 0 && shared_bytes <= kMaxSharedBytes;
+  const bool clusters_fit = device.largest_cluster > 0 && shared_bytes <= device.shared_bytes;
   if (exchange == Exchange::kCluster && !clusters_fit) return cudaErrorNotSupported;
   if (exchange == Exchange::kAuto) {
     exchange = clusters_fit ? Exchange::kCluster : Exchange::kWorkspace;
@@ -212,11 +229,6 @@ cudaLaunchAttribute overlapping() {
 template <typename... Parameters, typename... Args>
 cudaError_t launch_in_clusters(void (*kernel)(Parameters...), cudaLaunchConfig_t config,
                                int cluster_size, int64_t shared_bytes, const Args&... args) {
-  if (shared_bytes > kDefaultSharedBytes) {
-    const cudaError_t error = cudaFuncSetAttribute(
-        kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(kMaxSharedBytes));
-    if (error != cudaSuccess) return error;
-  }
   cudaLaunchAttribute attributes[2] = {cluster_of(cluster_size), overlapping()};
   config.dynamicSmemBytes = static_cast<size_t>(shared_bytes);
   config.attrs = attributes;

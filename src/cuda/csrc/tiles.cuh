@@ -123,7 +123,7 @@ __device__ __forceinline__ double warp_row_sum(const TileStats* stats, float lar
       if (first + i < count) tile = own[first + i];
       w[i] = tile_weight(tile, largest, scale);
     }
-    sum += leaf_sum(w);
+    sum += leaf_sum<double>(w);
   }
   return __shfl_sync(kAllLanes, warp_scan(sum, lane), kSpans - 1);
 }

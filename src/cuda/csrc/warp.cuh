@@ -346,12 +346,17 @@ __device__ __forceinline__ float warp_sum(float first, float second) {
   return sizeof(T) == 4 ? first + second : first;
 }
 
-// Room for the weights of a tile in shared memory, a bank for each lane's span.
-constexpr int kSpanPad = 1;
-constexpr int kPaddedTile = kTile + kSpans * kSpanPad;
+// Where a search by spans has what it looks through: spans of up to kKeptSpan items are kSpanStride
+// apart, so that the lanes' items are in different banks.
+constexpr int kKeptSpan = kTile / kSpans, kSpanStride = kKeptSpan + 1;
+constexpr int kPaddedTile = kSpans * kSpanStride;  // the weights of a tile
+
+FR_HOST_DEVICE constexpr int64_t kept_bytes(int tiles) {
+  return tiles * kPaddedTile * static_cast<int64_t>(sizeof(float));
+}
 
 // One warp: the sum of a tile's weights, in every lane; unless `weights` is null, they go there,
-// every span followed by kSpanPad.
+// every span followed by a gap.
 template <typename Row>
 __device__ __forceinline__ float warp_weigh_tile(const Row& row, int tile, int vocab_size, int lane,
                                                  float* weights) {
@@ -379,11 +384,9 @@ __device__ __forceinline__ float warp_weigh_tile(const Row& row, int tile, int v
     }
     if (weights) {
       const int at = lane * kVector<T> + RawTile<T>::index(half, 0);
-      float* first_of = weights + at + at / (kTile / kSpans) * kSpanPad;
+      float* first_of = weights + at + at / kKeptSpan;
 #pragma unroll
-      for (int i = 0; i < 8; ++i) {
-        first_of[i % 4 + i / 4 * (kTile / 2 + kSpans / 2 * kSpanPad)] = w[i];
-      }
+      for (int i = 0; i < 8; ++i) first_of[i % 4 + i / 4 * (kPaddedTile / 2)] = w[i];
     }
     first = second;
     second = half_sum(w);
@@ -404,20 +407,21 @@ __device__ __forceinline__ void prefetch_tile(const T* p, const T* q, int tile, 
   if (from && lane % half < lines && i < vocab_size) prefetch_line(from + i);
 }
 
-// One warp: inclusive_scan with a value a lane, where only the first `count` lanes' results matter.
-__device__ __forceinline__ double warp_scan(double sum, int lane, int count = kWarp) {
+// One warp: inclusive_scan with a value a lane.
+template <typename Number>
+__device__ __forceinline__ Number warp_scan(Number sum, int lane) {
 #pragma unroll
   for (int d = 1; d < kWarp; d *= 2) {
-    if (d >= count) break;
-    const double other = __shfl_up_sync(kAllLanes, sum, d);
+    const Number other = __shfl_up_sync(kAllLanes, sum, d);
     if (lane >= d) sum += other;
   }
   return sum;
 }
 
 // One lane: adjacent pairs of a span's next items, until one value is left.
-__device__ __forceinline__ double leaf_sum(const float (&weights)[kLeaves]) {
-  double w[kLeaves];
+template <typename Number>
+__device__ __forceinline__ Number leaf_sum(const float (&weights)[kLeaves]) {
+  Number w[kLeaves];
 #pragma unroll
   for (int i = 0; i < kLeaves; ++i) w[i] = weights[i];
 #pragma unroll
@@ -428,28 +432,40 @@ __device__ __forceinline__ double leaf_sum(const float (&weights)[kLeaves]) {
   return w[0];
 }
 
-// One lane: span_sum of `count` weights. All of a tree's items are fetched before the first is
-// added.
-__device__ __forceinline__ double lane_span_sum(const float* weights, int count) {
-  double sum = 0;
-#pragma unroll 1
-  for (int first = 0; first < count; first += kLeaves) {
-    float w[kLeaves];
-#pragma unroll
-    for (int i = 0; i < kLeaves; ++i) w[i] = first + i < count ? weights[first + i] : 0.0f;
-    sum += leaf_sum(w);
-  }
-  return sum;
-}
-
-// The lanes' spans of `count` weights, each followed by `pad` places, with their sums and scan.
+// The lanes' spans of `count` weights, with their sums and scan.
+template <typename Number>
 struct LaneSpans {
-  int length, stride, count;
-  double sum, scan;
+  int length = 0, count = 0;
+  Number sum = 0, scan = 0;
 
-  __device__ __forceinline__ LaneSpans(const float* weights, int all, int pad, int lane)
-      : length((all + kSpans - 1) / kSpans), stride(length + pad), count(all) {
-    sum = lane_span_sum(weights + lane * stride, items(lane));
+  LaneSpans() = default;
+
+  // Spans of `weights` are `stride` apart, or one after the other where that is 0. Unless
+  // `cumulated` is null, what a span cumulates to goes there; it may be `weights`.
+  __device__ __forceinline__ LaneSpans(const float* weights, int all, int stride, int lane,
+                                       Number* cumulated)
+      : length((all + kSpans - 1) / kSpans), count(all) {
+    const int left = items(lane);
+    const float* own = weights + lane * (stride ? stride : length);
+    Number carry = 0;
+#pragma unroll 1
+    for (int first = 0; first < left; first += kLeaves) {
+      // All of a tree's items are fetched before the first is added.
+      float w[kLeaves];
+#pragma unroll
+      for (int i = 0; i < kLeaves; ++i) w[i] = first + i < left ? own[first + i] : 0.0f;
+      sum += leaf_sum<Number>(w);
+      if (cumulated) {
+        Number* to = cumulated + lane * kSpanStride + first;
+        Number total = 0;
+#pragma unroll
+        for (int i = 0; i < kLeaves; ++i) {
+          total += static_cast<Number>(w[i]);
+          if (first + i < left) to[i] = carry + total;
+        }
+        carry += total;
+      }
+    }
     scan = warp_scan(sum, lane);
   }
 
@@ -459,56 +475,88 @@ struct LaneSpans {
     return left < length ? left : length;
   }
 
-  __device__ __forceinline__ double total() const {
+  __device__ __forceinline__ Number total() const {
     return __shfl_sync(kAllLanes, scan, kSpans - 1);
   }
 };
 
-// One warp: pick_in_span with an item a lane.
+// One warp: pick_in_span of a span that was cumulated.
+template <typename Number>
+__device__ __forceinline__ Pick warp_pick_cumulated(const Number* cumulated, int count, Number rest,
+                                                    int lane) {
+  const Number last = cumulated[count - 1], own = cumulated[lane < count ? lane : count - 1];
+  const unsigned crossing = __ballot_sync(kAllLanes, own > rest);
+  const unsigned ends = __ballot_sync(kAllLanes, own == last);
+  const int item = __ffs(crossing ? crossing : ends) - 1;
+  const Number before = __shfl_sync(kAllLanes, own, item ? item - 1 : 0);
+  return {item, rest - (item ? before : 0)};
+}
+
+// One warp: pick_in_span of a longer span.
 __device__ __forceinline__ Pick warp_pick_in_span(const float* weights, int count, double rest,
                                                   int lane) {
   Pick pick{-1, rest};
   double carry = 0;
 #pragma unroll 1
-  for (int first = 0; first < count; first += kWarp) {
-    const int left = count - first;
-    const double w = lane < left ? weights[first + lane] : 0.0f;
-    const double scan = warp_scan(w, lane, left < kWarp ? left : kWarp);
-    const double previous = __shfl_up_sync(kAllLanes, scan, 1);
-    const unsigned weighted = __ballot_sync(kAllLanes, w > 0);
-    const unsigned crossing = __ballot_sync(kAllLanes, w > 0 && carry + scan > rest);
-    if (weighted) {
-      const int chosen = crossing ? __ffs(crossing) - 1 : kWarp - 1 - __clz(weighted);
-      const double before = lane ? carry + previous : carry;
+  for (int first = 0; first < count; first += kLeaves) {
+    const float w = lane < kLeaves && first + lane < count ? weights[first + lane] : 0.0f;
+    double sum = 0, own = 0;
+#pragma unroll
+    for (int i = 0; i < kLeaves; ++i) {
+      sum += static_cast<double>(__shfl_sync(kAllLanes, w, i));
+      if (lane >= i) own = carry + sum;
+    }
+    const double previous = __shfl_up_sync(kAllLanes, own, 1), before = lane ? previous : carry;
+    const unsigned adding = __ballot_sync(kAllLanes, own > before);
+    const unsigned crossing = __ballot_sync(kAllLanes, own > rest);
+    if (adding) {
+      const int chosen = crossing ? __ffs(crossing) - 1 : kWarp - 1 - __clz(adding);
       pick = {first + chosen, rest - __shfl_sync(kAllLanes, before, chosen)};
     }
     if (crossing) break;
-    carry += __shfl_sync(kAllLanes, scan, kWarp - 1);
+    carry = __shfl_sync(kAllLanes, own, kWarp - 1);
   }
   return pick;
 }
 
-// One warp: sum_spans and pick_in_spans with a lane a span. The threshold is `share` of the total,
-// or `share` itself where not `of_total`. Inline: as a call it takes 0.3 us more on an H100.
-__device__ __forceinline__ Pick warp_pick(const float* weights, int count, int pad, double share,
-                                          bool of_total, int lane) {
-  const LaneSpans spans(weights, count, pad, lane);
-  const double threshold = of_total ? share * spans.total() : share;
+// One warp: pick_in_spans. `weights` is null where the spans were cumulated. Inline: as a call it
+// takes 0.3 us more on an H100.
+template <typename Number>
+__device__ __forceinline__ Pick warp_pick(const LaneSpans<Number>& spans, const Number* cumulated,
+                                          const float* weights, Number threshold, int lane) {
   const unsigned weighted = __ballot_sync(kAllLanes, spans.sum > 0);
   const unsigned crossing = __ballot_sync(kAllLanes, spans.sum > 0 && spans.scan > threshold);
   if (!weighted) return {-1, threshold};
   const int chosen = crossing ? __ffs(crossing) - 1 : kWarp - 1 - __clz(weighted);
-  const double previous = __shfl_sync(kAllLanes, spans.scan, chosen ? chosen - 1 : 0);
-  Pick pick = warp_pick_in_span(weights + chosen * spans.stride, spans.items(chosen),
-                                threshold - (chosen ? previous : 0.0), lane);
-  if (pick.item >= 0) pick.item += chosen * spans.length;
+  const Number previous = __shfl_sync(kAllLanes, spans.scan, chosen ? chosen - 1 : 0);
+  const Number left = threshold - (chosen ? previous : 0), rest = left > 0 ? left : 0;
+  const int begin = chosen * spans.length, count = spans.items(chosen);
+  __syncwarp();  // what the lanes have cumulated is there
+  Pick pick = weights ? warp_pick_in_span(weights + begin, count, rest, lane)
+                      : warp_pick_cumulated(cumulated + chosen * kSpanStride, count, rest, lane);
+  pick.item += begin;
   return pick;
 }
 
-// One warp: the token to draw from a tile whose padded weights are there.
-__device__ __forceinline__ int warp_pick_token(const float* weights, int tile, double rest,
-                                               int lane) {
-  return tile * kTile + warp_pick(weights, kTile, kSpanPad, rest, false, lane).item;
+// One warp: the tile to draw from.
+__device__ __forceinline__ Pick warp_pick_tile(const float* sums, int tiles, float u, int lane) {
+  __shared__ double cumulated[kSpans * kSpanStride];
+  const bool keeps = tiles <= kSpans * kKeptSpan;
+  const LaneSpans<double> spans(sums, tiles, 0, lane, keeps ? cumulated : nullptr);
+  return warp_pick(spans, cumulated, keeps ? nullptr : sums, u * spans.total(), lane);
+}
+
+// One warp: cumulates a tile's padded weights, in their place.
+__device__ __forceinline__ LaneSpans<float> warp_cumulate_tile(float* weights, int lane) {
+  __syncwarp();
+  return {weights, kTile, kSpanStride, lane, weights};
+}
+
+// One warp: the token to draw from a tile that was cumulated.
+__device__ __forceinline__ int warp_pick_token(const LaneSpans<float>& spans,
+                                               const float* cumulated, const Pick& tile, int lane) {
+  const float rest = static_cast<float>(tile.rest);
+  return tile.item * kTile + warp_pick<float>(spans, cumulated, nullptr, rest, lane).item;
 }
 
 // One warp: the same from a row. A call, since it would take registers that a large kernel has not
@@ -518,13 +566,12 @@ __device__ __noinline__ int warp_draw_from_tile(const Row& row, const Pick& tile
                                                 int lane) {
   __shared__ float weights[kPaddedTile];
   warp_weigh_tile(row, tile.item, vocab_size, lane, weights);
-  __syncwarp();
-  return warp_pick_token(weights, tile.item, tile.rest, lane);
+  return warp_pick_token(warp_cumulate_tile(weights, lane), weights, tile, lane);
 }
 
-// One warp: Spans::total of weights, in every lane.
+// One warp: the sum of weights by spans, in every lane.
 __device__ __forceinline__ double warp_total(const float* weights, int count, int lane) {
-  return LaneSpans(weights, count, 0, lane).total();
+  return LaneSpans<double>(weights, count, 0, lane, nullptr).total();
 }
 
 // Whether the weights of a row's tiles may be known beforehand: of logits they may.
@@ -603,10 +650,10 @@ struct OwnTiles {
     step = warps * blocks;
   }
 
-  // Which of the block's tiles a tile is that its first warp asks for, -1 where it is another's.
-  __device__ __forceinline__ int slot(int tile) const {
-    const int warps = static_cast<int>(blockDim.x) / kWarp, place = tile % step - first;
-    return place >= 0 && place < warps ? tile / step * warps + place : -1;
+  // Asked by the block's first warp: whether a tile is one of the block's.
+  __device__ __forceinline__ bool block_has(int tile) const {
+    const int place = tile % step - first;
+    return place >= 0 && place < static_cast<int>(blockDim.x) / kWarp;
   }
 };
 
@@ -633,8 +680,8 @@ struct RequestOutput {
 template <Step step, typename Row, typename Output>
 __device__ __forceinline__ void draw_token(Row& row, int vocab_size, const float& u, int rank,
                                            int blocks_per_row, const TileSums& all,
-                                           const Output& output, float* kept = nullptr) {
-  __shared__ bool picked;
+                                           const Output& output, float* kept) {
+  __shared__ Pick picked;  // the tile to draw from
   __shared__ float weights[kPaddedTile];
 
   const int lane = threadIdx.x % kWarp, warp = threadIdx.x / kWarp;
@@ -651,6 +698,7 @@ __device__ __forceinline__ void draw_token(Row& row, int vocab_size, const float
   // Where the card is mostly idle a second tile need not wait for the first; else it would get in
   // the way of other warps' loads.
   const bool ahead = gridDim.x * gridDim.y <= kIdleGrid;
+  const int next_slot = static_cast<int>(blockDim.x) / kWarp * kPaddedTile;
 
 #pragma unroll 1  // the second pass is rare
   for (int pass = 0; pass < 2; ++pass) {
@@ -659,38 +707,47 @@ __device__ __forceinline__ void draw_token(Row& row, int vocab_size, const float
     const bool known = here.from_stats();
     float* sums = step == Step::kInCluster ? all.sums + pass * tiles : all.sums;
     const bool summed = known || (step == Step::kSelect && pass == 0);
+    const bool keeps = kept && !summed;
     int tile = summed ? tiles : own.first;
-    float* slot = summed ? nullptr : kept;
-    if (slot) slot += warp * kPaddedTile;
+    float* slot = keeps ? kept + warp * kPaddedTile : nullptr;
     bool drawing = false;
-    double rest = 0;  // the threshold in the tile to draw from
     for (;;) {
       if (tile >= tiles) {  // all sums are under way: one warp looks for the tile to draw from
         if (step == Step::kSum) return;
+        // While they come, every warp prepares to draw from its last tile.
+        if (keeps) slot -= next_slot;
+        LaneSpans<float> spans;
+        if (keeps && own.first < tiles) spans = warp_cumulate_tile(slot, lane);
         if (pass == 0 && stores) output.store_decision(lane);
-        if ((step != Step::kInCluster && !known) || slot) __syncthreads();
-        if (warp != 0) break;
-        if (known) {
-          warp_store_masses(here, tiles, lane, sums);
-        } else if (step == Step::kInCluster) {
-          wait_for_bytes(all.pending + pass);
+        if (step != Step::kInCluster && !known) __syncthreads();
+        if (warp == 0) {
+          if (known) {
+            warp_store_masses(here, tiles, lane, sums);
+          } else if (step == Step::kInCluster) {
+            wait_for_bytes(all.pending + pass);
+          }
+          const Pick pick = warp_pick_tile(sums, tiles, u, lane);
+          if (lane == 0) picked = pick;
+          if (pick.item < 0 && (known || pass == 1) && rank == 0 && lane == 0) {
+            output.store_token(0);  // p has no mass either
+          }
         }
-        const Pick pick = warp_pick(sums, tiles, 0, u, true, lane);
-        if (lane == 0) picked = known || pick.item >= 0;
-        if (pick.item < 0 && (known || pass == 1) && rank == 0 && lane == 0) {
-          output.store_token(0);  // p has no mass either
-        }
-        // The block that summed the tile still has its weights, or finds it in its own L1.
-        const int mine = pick.item < 0 ? -1 : own.slot(pick.item);
-        if (mine < 0) break;
-        if (slot) {
-          const int token = warp_pick_token(kept + mine * kPaddedTile, pick.item, pick.rest, lane);
+        __syncthreads();
+        // The warp that summed the tile still has its weights, or finds it in its multiprocessor's
+        // L1.
+        const Pick pick = picked;
+        int mine = own.first, at = warp * kPaddedTile;
+        for (; mine < pick.item; mine += own.step) at += next_slot;
+        if (mine != pick.item) break;
+        if (keeps) {
+          float* from = kept + at;
+          if (from != slot) spans = warp_cumulate_tile(from, lane);
+          const int token = warp_pick_token(spans, from, pick, lane);
           if (lane == 0) output.store_token(token);
           break;
         }
         drawing = true;
-        rest = pick.rest;
-        tile = pick.item;
+        tile = mine;
       }
       if (ahead && !drawing && tile + own.step < tiles) {
         prefetch_tile(here.p, here.q, tile + own.step, vocab_size, lane);
@@ -698,8 +755,8 @@ __device__ __forceinline__ void draw_token(Row& row, int vocab_size, const float
       // In one place, so that the tile drawn from finds its instructions there.
       const float sum = warp_weigh_tile(here, tile, vocab_size, lane, drawing ? weights : slot);
       if (drawing) {
-        __syncwarp();
-        const int token = warp_pick_token(weights, tile, rest, lane);
+        const int token =
+            warp_pick_token(warp_cumulate_tile(weights, lane), weights, picked, lane);
         if (lane == 0) output.store_token(token);
         break;
       }
@@ -709,20 +766,20 @@ __device__ __forceinline__ void draw_token(Row& row, int vocab_size, const float
         sums[tile] = sum;
       }
       tile += own.step;
-      if (slot) slot += blockDim.x / kWarp * kPaddedTile;
+      if (keeps) slot += next_slot;
     }
-    __syncthreads();
-    if (picked) return;
+    if (known || picked.item >= 0) return;
     if (threadIdx.x == 0) row = row.target();  // the residual has no weight: draw from p
     __syncthreads();
   }
 }
 
 // The body of a kernel whose grid has blocks_per_row blocks a request, of which this one is `rank`.
-// In a cluster expect_sums() and, by every thread, cluster_start() have been called before.
+// In a cluster expect_sums() and, by every thread, cluster_start() have been called before. `kept`
+// as draw_token has it.
 template <Step step, typename Request>
 __device__ __forceinline__ void sample_request(const Request& request, int rank, int blocks_per_row,
-                                               const TileSums& all) {
+                                               const TileSums& all, float* kept) {
   using Row = typename Request::Row;
   __shared__ Decision<Row> decision;
   __shared__ float recovery_uniform;
@@ -741,7 +798,7 @@ __device__ __forceinline__ void sample_request(const Request& request, int rank,
   // No block writes into another's shared memory before that block has started.
   if (step == Step::kInCluster) cluster_wait();
   draw_token<step>(decision.row, static_cast<int>(a.vocab_size), recovery_uniform, rank,
-                   blocks_per_row, all, RequestOutput<Request>{request, decision.accepted});
+                   blocks_per_row, all, RequestOutput<Request>{request, decision.accepted}, kept);
 }
 
 // One warp: the reach of every prefix, and the number of drafts. Lanes gather, all walk.
@@ -842,9 +899,9 @@ __device__ __forceinline__ void sample_block(const Request& request, int rank, i
       bool mine = rank == 0 && passes;
       if (token < 0 && passes) {
         if (known) warp_store_masses(row, tiles, lane, sums);
-        const Pick tile = warp_pick(sums, tiles, 0, recovery_uniform, true, lane);
+        const Pick tile = warp_pick_tile(sums, tiles, recovery_uniform, lane);
         if (tile.item >= 0) {
-          mine = own.slot(tile.item) >= 0;
+          mine = own.block_has(tile.item);
           if (mine) token = warp_draw_from_tile(shared_row, tile, vocab_size, lane);
         } else if (known || at_target) {
           token = 0;  // p has no mass either
