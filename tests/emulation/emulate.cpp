@@ -9,19 +9,11 @@ namespace {
 // TileSums in a cluster, in floats.
 size_t exchange_floats(int64_t tiles) { return 2 * (tiles + sizeof(uint64_t) / sizeof(float)); }
 
-// Tiles that a block keeps, and room for their weights, in floats. Odd seeds keep none.
-int kept_tiles(int64_t tiles, int threads, int blocks_per_row, unsigned seed) {
-  const int warps = threads / kWarp, step = warps * blocks_per_row;
-  return seed % 2 == 0 ? (static_cast<int>(tiles) + step - 1) / step * warps : 0;
-}
-
 template <typename T>
 void run(const Params& a, int kernel, int blocks_per_row, unsigned seed) {
   const int64_t tiles = num_tiles(a.vocab_size);
   const int threads = static_cast<int>(std::clamp<int64_t>(tiles, 2, kMaxWarps)) * kWarp;
   const int rows = static_cast<int>(a.batch_size), blocks = rows * blocks_per_row;
-  const int kept = kept_tiles(tiles, threads, blocks_per_row, seed);
-  const size_t shared = exchange_floats(tiles) + kept_bytes(kept) / sizeof(float);
   const size_t reach = (a.spec_length + 1) * sizeof(double) / sizeof(float);
   if (a.block_verification && kernel == 1) {
     const auto body = [&] { block_kernel<T, Step::kInCluster>(a, blocks_per_row, nullptr); };
@@ -33,20 +25,16 @@ void run(const Params& a, int kernel, int blocks_per_row, unsigned seed) {
   } else if (kernel == 0) {
     emulation::launch((rows + 31) / 32, 32, 1, 0, [&] { thread_per_row_kernel<T>(a); }, seed);
   } else if (blocks_per_row == 1) {  // as launch_fused chooses
-    const auto body = [&] { fused_kernel<T, Step::kAlone>(a, 1, kept > 0, nullptr); };
-    emulation::launch(rows, threads, 1, shared, body, seed);
+    const auto body = [&] { fused_kernel<T, Step::kAlone>(a, 1, nullptr); };
+    emulation::launch(rows, threads, 1, exchange_floats(tiles), body, seed);
   } else if (kernel == 1) {
-    const auto body = [&] {
-      fused_kernel<T, Step::kInCluster>(a, blocks_per_row, kept > 0, nullptr);
-    };
-    emulation::launch(blocks, threads, blocks_per_row, shared, body, seed);
+    const auto body = [&] { fused_kernel<T, Step::kInCluster>(a, blocks_per_row, nullptr); };
+    emulation::launch(blocks, threads, blocks_per_row, exchange_floats(tiles), body, seed);
   } else {
     std::vector<float> workspace(rows * tiles, NAN);
-    const auto sum = [&] {
-      fused_kernel<T, Step::kSum>(a, blocks_per_row, false, workspace.data());
-    };
+    const auto sum = [&] { fused_kernel<T, Step::kSum>(a, blocks_per_row, workspace.data()); };
     emulation::launch(blocks, threads, 1, 0, sum, seed);
-    const auto select = [&] { fused_kernel<T, Step::kSelect>(a, 1, false, workspace.data()); };
+    const auto select = [&] { fused_kernel<T, Step::kSelect>(a, 1, workspace.data()); };
     emulation::launch(rows, threads, 1, 0, select, seed);
   }
 }
@@ -118,6 +106,7 @@ void run_logits(const LogitsParams& a, int kernel, int n, bool early_exit, unsig
     std::vector<LogitsRow<T>> drawn_from(targets);
     std::vector<TileStats> kept_stats(targets * tiles, TileStats{NAN, NAN});
     std::vector<uint8_t> verdicts(targets, early_exit ? kGoesOn : 0xFF);
+    const bool keeps = seed % 2 == 0;
     Findings<T> findings = {};
     if (a.base.spec_length > 0) {
       findings.verdicts = verdicts.data();
@@ -128,10 +117,10 @@ void run_logits(const LogitsParams& a, int kernel, int n, bool early_exit, unsig
         findings.tokens = tokens.data();
       }
     }
-    const int kept = kept_tiles(tiles, threads, n, seed);
+    const int kept = keeps ? (tiles + warps * n - 1) / (warps * n) * warps : 0;
     const auto decide = [&] {
-      a.filters() ? positions_kernel<T, true>(a, n, early_exit, kept > 0, findings)
-                  : positions_kernel<T, false>(a, n, early_exit, kept > 0, findings);
+      a.filters() ? positions_kernel<T, true>(a, n, early_exit, keeps, findings)
+                  : positions_kernel<T, false>(a, n, early_exit, keeps, findings);
     };
     const size_t shared = PositionShared::bytes(tiles, a.filters(), kept) / sizeof(float);
     const int positions = static_cast<int>(a.base.spec_length) + 1;

@@ -146,7 +146,7 @@ __global__ void __launch_bounds__(kMaxWarps* kWarp, 1)
   if (block) {
     sample_block<step>(request, place.rank, blocks_per_row, sums.sums, reach);
   } else {
-    sample_request<step>(request, place.rank, blocks_per_row, sums, nullptr);
+    sample_request<step>(request, place.rank, blocks_per_row, sums);
   }
 }
 
@@ -203,8 +203,7 @@ struct PositionShared {
   FR_HOST_DEVICE static constexpr int64_t bytes(int64_t tiles, bool filtered, int slots) {
     const int64_t exchanged = 2 * tiles * static_cast<int64_t>(sizeof(float) + sizeof(TileStats));
     return kWords * static_cast<int64_t>(sizeof(uint64_t)) + exchanged +
-           (filtered ? static_cast<int64_t>(sizeof(Search)) : 0) +
-           kept_bytes(slots);
+           (filtered ? static_cast<int64_t>(sizeof(Search)) : 0) + kept_bytes(slots);
   }
 
   __device__ PositionShared(uint64_t* shared, int tiles, bool filtered)
@@ -534,7 +533,7 @@ int blocks_per_position(const LogitsParams& a, const Device& device) {
   if (4 * positions <= (one ? 5 : 18) * device.multiprocessors) blocks = 4;
   if (8 * positions <= at_once * 5 / 4) blocks = kPortableCluster;
   static_assert(kPortableCluster <= kLargestTeam);
-  if (!one && positions <= device.large_clusters[4]) blocks = kLargestCluster;
+  if (!one && positions <= device.large_clusters[kLargestCluster]) blocks = kLargestCluster;
   while (blocks > 2 && blocks / 2 * kMaxWarps >= tiles) blocks /= 2;
   return blocks;
 }
@@ -705,9 +704,9 @@ int plan_from_logits(const LogitsParams& a, Exchange exchange, int blocks, Logit
   plan->fused.kept_tiles = 0;
   if (plan->fused.exchange == Exchange::kCluster && !a.base.block_verification) {
     plan->blocks_per_position = blocks > 0 ? blocks : blocks_per_position(a, *device);
-    plan->fused.kept_tiles = tiles_to_keep(a.base.vocab_size, plan->blocks_per_position,
-                                           warps_per_block(a.base.vocab_size),
-                                           device->shared_bytes - cluster_bytes(a));
+    plan->fused.kept_tiles =
+        tiles_to_keep(a.base.vocab_size, plan->blocks_per_position,
+                      warps_per_block(a.base.vocab_size), device->shared_bytes - cluster_bytes(a));
     // With all of them running at once there is no end to be found, and time to draw for nothing.
     const int64_t all = num_target_rows(a.base) * plan->blocks_per_position;
     plan->early_exit = a.base.spec_length > 0 && all > blocks_at_once(a, *device);

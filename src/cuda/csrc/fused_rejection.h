@@ -236,8 +236,9 @@ struct ProbsRequest : Request<T> {
   FR_FUNCTION bool accepts_draft(int64_t k, int64_t id, const Uniform& u) const {
     if (!this->in_vocab(id)) return false;
     const T* draft = this->draft_row(k);
-    return accepts(u(), draft ? static_cast<float>(draft[id]) : 1.0f,
-                   static_cast<float>(this->target_row(k)[id]));
+    const float q = draft ? static_cast<float>(draft[id]) : 1.0f;
+    const float p = static_cast<float>(this->target_row(k)[id]);
+    return accepts(u(), q, p);
   }
 
   // p and q of draft k, the token `id`.
@@ -396,18 +397,15 @@ struct Pick {
   double rest;  // the threshold less the weight before the item
 };
 
-constexpr int kLeaves = 8;  // items of a span that are added as a tree, and cumulated in a row
+constexpr int kGroup = 8;  // items of a span that are added one after the other, then groups are
 
 template <typename Number, typename Item>
 FR_FUNCTION Number span_sum(int begin, int end, const Item& item) {
   Number sum = 0;
-  for (int first = begin; first < end; first += kLeaves) {
-    Number w[kLeaves];
-    for (int i = 0; i < kLeaves; ++i) w[i] = first + i < end ? item(first + i) : 0;
-    for (int size = kLeaves / 2; size >= 1; size /= 2) {
-      for (int i = 0; i < size; ++i) w[i] = w[2 * i] + w[2 * i + 1];
-    }
-    sum += w[0];
+  for (int first = begin; first < end; first += kGroup) {
+    Number group = 0;
+    for (int i = first; i < end && i < first + kGroup; ++i) group += item(i);
+    sum += group;
   }
   return sum;
 }
@@ -428,11 +426,11 @@ template <typename Number, typename Item>
 FR_FUNCTION Pick pick_in_span(int begin, int end, const Item& item, Number rest) {
   Pick pick{-1, rest};
   Number carry = 0, before = 0;
-  for (int first = begin; first < end; first += kLeaves) {
-    Number sum = 0;
-    for (int i = first; i < end && i < first + kLeaves; ++i) {
-      sum += item(i);
-      const Number cumulated = carry + sum;
+  for (int first = begin; first < end; first += kGroup) {
+    Number group = 0;
+    for (int i = first; i < end && i < first + kGroup; ++i) {
+      group += item(i);
+      const Number cumulated = carry + group;
       if (cumulated > before) pick = {i, rest - before};
       if (cumulated > rest) return pick;
       before = cumulated;

@@ -63,9 +63,8 @@ __global__ void thread_per_row_kernel(const Params a) {
 
 template <typename T, Step step>
 __global__ void __launch_bounds__(kMaxFusedWarps* kWarp, 1)
-    fused_kernel(const Params a, int blocks_per_row, bool keeps, float* workspace) {
-  // Where there is no workspace: `pending`, then `sums`, then what is kept of the block's tiles.
-  FR_DYNAMIC_SHARED(uint64_t, shared);
+    fused_kernel(const Params a, int blocks_per_row, float* workspace) {
+  FR_DYNAMIC_SHARED(uint64_t, shared);  // where there is no workspace: `pending`, then `sums`
   const int tiles = num_tiles(a.vocab_size);
   const Place place = place_of<step>(blocks_per_row);
   TileSums sums{workspace + place.b * tiles, nullptr};
@@ -77,8 +76,7 @@ __global__ void __launch_bounds__(kMaxFusedWarps* kWarp, 1)
     cluster_start();
   }
   wait_for_launch_before();
-  sample_request<step>(ProbsRequest<T>(a, place.b), place.rank, blocks_per_row, sums,
-                       keeps ? sums.sums + 2 * tiles : nullptr);
+  sample_request<step>(ProbsRequest<T>(a, place.b), place.rank, blocks_per_row, sums);
 }
 
 // Block verification. `workspace` as above where there are no clusters; one block a row then.
@@ -119,8 +117,6 @@ template <typename T>
 struct LaunchFused {
   static cudaError_t run(const Params& a, const Plan& plan, float* workspace, cudaStream_t stream) {
     const int n = plan.blocks_per_row;
-    const bool keeps = plan.kept_tiles > 0;
-    const int64_t shared_bytes = exchange_bytes(a.vocab_size) + kept_bytes(plan.kept_tiles);
     cudaLaunchConfig_t config = configure(a.batch_size * n, plan.warps_per_block * kWarp, stream);
     if (a.block_verification && plan.exchange == Exchange::kCluster) {
       return launch_in_clusters(block_kernel<T, Step::kInCluster>, config, n,
@@ -135,19 +131,19 @@ struct LaunchFused {
       cudaLaunchAttribute attribute = overlapping();
       config.attrs = &attribute;
       config.numAttrs = plan.exchange == Exchange::kCluster ? 1 : 0;
-      config.dynamicSmemBytes = static_cast<size_t>(shared_bytes);
-      return cudaLaunchKernelEx(&config, fused_kernel<T, Step::kAlone>, a, n, keeps, workspace);
+      config.dynamicSmemBytes = static_cast<size_t>(exchange_bytes(a.vocab_size));
+      return cudaLaunchKernelEx(&config, fused_kernel<T, Step::kAlone>, a, n, workspace);
     }
     if (plan.exchange == Exchange::kCluster) {
-      return launch_in_clusters(fused_kernel<T, Step::kInCluster>, config, n, shared_bytes, a, n,
-                                keeps, workspace);
+      return launch_in_clusters(fused_kernel<T, Step::kInCluster>, config, n,
+                                exchange_bytes(a.vocab_size), a, n, workspace);
     }
     const cudaError_t error =
-        cudaLaunchKernelEx(&config, fused_kernel<T, Step::kSum>, a, n, keeps, workspace);
+        cudaLaunchKernelEx(&config, fused_kernel<T, Step::kSum>, a, n, workspace);
     if (error != cudaSuccess) return error;
     config.gridDim = dim3(static_cast<unsigned>(a.batch_size));
     config.blockDim = dim3(static_cast<unsigned>(warps_per_block(a.vocab_size) * kWarp));
-    return cudaLaunchKernelEx(&config, fused_kernel<T, Step::kSelect>, a, 1, keeps, workspace);
+    return cudaLaunchKernelEx(&config, fused_kernel<T, Step::kSelect>, a, 1, workspace);
   }
 };
 
@@ -176,17 +172,10 @@ int plan_fused(const Params& a, Exchange exchange, int blocks_per_row, Plan* pla
   plan->warps_per_block = a.block_verification
                               ? warps_per_block(a.vocab_size)
                               : balanced_warps(*device, a.batch_size, a.vocab_size, *plan);
-  const bool alone = is_alone(plan->blocks_per_row, a.vocab_size);
   const bool needs_workspace =
       plan->exchange == Exchange::kWorkspace &&
-      (a.block_verification || !alone);
+      (a.block_verification || !is_alone(plan->blocks_per_row, a.vocab_size));
   plan->kept_tiles = 0;
-  if (!a.block_verification && (alone || plan->exchange == Exchange::kCluster) &&
-      a.batch_size * plan->blocks_per_row <= device->multiprocessors) {
-    const int64_t room = alone ? kDefaultSharedBytes : device->shared_bytes;
-    plan->kept_tiles = tiles_to_keep(a.vocab_size, plan->blocks_per_row, plan->warps_per_block,
-                                     room - exchange_bytes(a.vocab_size));
-  }
   plan->workspace_bytes = needs_workspace ? a.batch_size * tile_sum_bytes(a.vocab_size) : 0;
   return cudaSuccess;
 }

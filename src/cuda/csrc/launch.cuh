@@ -70,11 +70,11 @@ cudaLaunchAttribute cluster_of(int blocks) {
 
 struct Device {
   int multiprocessors;
-  int most_warps;         // a block of kernels[0] may have
-  int large_clusters[5];  // of 1, 2, 4, 8, 16 such blocks that run at once: a block there may have
-                          // a multiprocessor to itself
-  int64_t shared_bytes;   // that a kernel may ask for
-  int largest_cluster;    // 0: no clusters, or none in the code compiled for this card
+  int most_warps;                           // a block of kernels[0] may have
+  int large_clusters[kLargestCluster + 1];  // of n such blocks that run at once: a block there may
+                                            // have a multiprocessor to itself
+  int64_t shared_bytes;                     // that a kernel may ask for
+  int largest_cluster;  // 0: no clusters, or none in the code compiled for this card
 };
 
 int clusters_at_once(const void* kernel, int size, int warps) {
@@ -98,8 +98,7 @@ cudaError_t describe(const void* const (&kernels)[n], int ordinal, Device* devic
     error = cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, ordinal);
   }
   if (error == cudaSuccess) {
-    error =
-        cudaDeviceGetAttribute(&most_shared, cudaDevAttrMaxSharedMemoryPerBlockOptin, ordinal);
+    error = cudaDeviceGetAttribute(&most_shared, cudaDevAttrMaxSharedMemoryPerBlockOptin, ordinal);
   }
   cudaFuncAttributes attributes;
   if (error == cudaSuccess) error = cudaFuncGetAttributes(&attributes, kernels[0]);
@@ -120,8 +119,8 @@ cudaError_t describe(const void* const (&kernels)[n], int ordinal, Device* devic
       device->largest_cluster = kPortableCluster;
     }
   }
-  for (int i = 0; i < 5 && 1 << i <= device->largest_cluster; ++i) {
-    device->large_clusters[i] = clusters_at_once(kernels[0], 1 << i, device->most_warps);
+  for (int size = 1; size <= device->largest_cluster; ++size) {
+    device->large_clusters[size] = clusters_at_once(kernels[0], size, device->most_warps);
   }
   return cudaSuccess;
 }
@@ -151,12 +150,8 @@ cudaError_t current_device(const void* const (&kernels)[n], const Device** devic
 // How many warps a block of kernels[0] may have where a row has `n` blocks: more than kMaxWarps
 // only where all blocks run at once even so.
 int most_warps(const Device& device, int64_t batch_size, Exchange exchange, int n) {
-  int64_t at_once = device.multiprocessors / n;
-  if (exchange == Exchange::kCluster) {
-    int log = 0;
-    while (1 << log < n) ++log;
-    at_once = 1 << log == n ? device.large_clusters[log] : 0;
-  }
+  const int64_t at_once =
+      exchange == Exchange::kCluster ? device.large_clusters[n] : device.multiprocessors / n;
   return batch_size <= at_once ? device.most_warps : kMaxWarps;
 }
 
@@ -189,10 +184,14 @@ cudaError_t plan_blocks(const Device& device, int64_t batch_size, int64_t vocab_
   int blocks = 1;
   while (2 * blocks <= largest && 8 * blocks < tiles && 2 * blocks <= wanted) {
     // A cluster beyond the portable size wants nearly all of a group of multiprocessors: where the
-    // groups do not suffice, it must at least save a round.
+    // groups do not suffice, it must at least save a round; else as many blocks as the groups have
+    // room for, or none more where each warp already has one tile.
     if (2 * blocks > kPortableCluster && exchange == Exchange::kCluster &&
         most_warps(device, batch_size, exchange, 2 * blocks) == kMaxWarps &&
         rounds_of(blocks) <= rounds_of(2 * blocks)) {
+      for (int n = largest; n > blocks && rounds_of(blocks) > 1; --n) {
+        if (device.large_clusters[n] >= batch_size) blocks = n;
+      }
       break;
     }
     blocks *= 2;

@@ -115,15 +115,15 @@ __device__ __forceinline__ double warp_row_sum(const TileStats* stats, float lar
   const TileStats* own = stats + lane * length;
   double sum = 0;
 #pragma unroll 1
-  for (int first = 0; first < length; first += kLeaves) {
-    float w[kLeaves];
+  for (int first = 0; first < length; first += kGroup) {
+    float w[kGroup];
 #pragma unroll
-    for (int i = 0; i < kLeaves; ++i) {
+    for (int i = 0; i < kGroup; ++i) {
       TileStats tile = {kNegativeInfinity, 0.0f};
       if (first + i < count) tile = own[first + i];
       w[i] = tile_weight(tile, largest, scale);
     }
-    sum += leaf_sum<double>(w);
+    sum += group_sum<double>(w);
   }
   return __shfl_sync(kAllLanes, warp_scan(sum, lane), kSpans - 1);
 }

@@ -418,53 +418,39 @@ __device__ __forceinline__ Number warp_scan(Number sum, int lane) {
   return sum;
 }
 
-// One lane: adjacent pairs of a span's next items, until one value is left.
+// One lane: the sum of a span's next items.
 template <typename Number>
-__device__ __forceinline__ Number leaf_sum(const float (&weights)[kLeaves]) {
-  Number w[kLeaves];
+__device__ __forceinline__ Number group_sum(const float (&weights)[kGroup]) {
+  Number sum = 0;
 #pragma unroll
-  for (int i = 0; i < kLeaves; ++i) w[i] = weights[i];
-#pragma unroll
-  for (int size = kLeaves / 2; size >= 1; size /= 2) {
-#pragma unroll
-    for (int i = 0; i < size; ++i) w[i] = w[2 * i] + w[2 * i + 1];
-  }
-  return w[0];
+  for (int i = 0; i < kGroup; ++i) sum += static_cast<Number>(weights[i]);
+  return sum;
 }
 
 // The lanes' spans of `count` weights, with their sums and scan.
 template <typename Number>
 struct LaneSpans {
-  int length = 0, count = 0;
-  Number sum = 0, scan = 0;
-
-  LaneSpans() = default;
+  int length, count;
+  Number sum = 0, scan;
 
   // Spans of `weights` are `stride` apart, or one after the other where that is 0. Unless
-  // `cumulated` is null, what a span cumulates to goes there; it may be `weights`.
+  // `cumulated` is null, what a span, of at most kKeptSpan items, cumulates to goes there; it may
+  // be `weights`.
   __device__ __forceinline__ LaneSpans(const float* weights, int all, int stride, int lane,
                                        Number* cumulated)
       : length((all + kSpans - 1) / kSpans), count(all) {
     const int left = items(lane);
     const float* own = weights + lane * (stride ? stride : length);
-    Number carry = 0;
+    if (cumulated) {
+      Number* to = cumulated + lane * kSpanStride;
+      length <= kGroup ? cumulate<1>(own, left, to, lane) : cumulate<2>(own, left, to, lane);
+      return;
+    }
 #pragma unroll 1
-    for (int first = 0; first < left; first += kLeaves) {
-      // All of a tree's items are fetched before the first is added.
-      float w[kLeaves];
-#pragma unroll
-      for (int i = 0; i < kLeaves; ++i) w[i] = first + i < left ? own[first + i] : 0.0f;
-      sum += leaf_sum<Number>(w);
-      if (cumulated) {
-        Number* to = cumulated + lane * kSpanStride + first;
-        Number total = 0;
-#pragma unroll
-        for (int i = 0; i < kLeaves; ++i) {
-          total += static_cast<Number>(w[i]);
-          if (first + i < left) to[i] = carry + total;
-        }
-        carry += total;
-      }
+    for (int first = 0; first < left; first += kGroup) {
+      float w[1][kGroup];
+      fetch(own + first, left - first, w);
+      sum += group_sum<Number>(w[0]);
     }
     scan = warp_scan(sum, lane);
   }
@@ -477,6 +463,36 @@ struct LaneSpans {
 
   __device__ __forceinline__ Number total() const {
     return __shfl_sync(kAllLanes, scan, kSpans - 1);
+  }
+
+ private:
+  // All items are fetched before the first is added.
+  template <int groups>
+  static __device__ __forceinline__ void fetch(const float* own, int left,
+                                               float (&w)[groups][kGroup]) {
+#pragma unroll
+    for (int i = 0; i < groups * kGroup; ++i) {
+      w[i / kGroup][i % kGroup] = i < left ? own[i] : 0.0f;
+    }
+  }
+
+  // No loop and no branch.
+  template <int groups>
+  __device__ __forceinline__ void cumulate(const float* own, int left, Number* to, int lane) {
+    static_assert(2 * kGroup == kKeptSpan);
+    float w[groups][kGroup];
+    fetch(own, left, w);
+#pragma unroll
+    for (int first = 0; first < groups * kGroup; first += kGroup) {
+      Number group = 0;
+#pragma unroll
+      for (int i = 0; i < kGroup; ++i) {
+        group += static_cast<Number>(w[first / kGroup][i]);
+        if (first + i < left) to[first + i] = sum + group;
+      }
+      sum += group;
+    }
+    scan = warp_scan(sum, lane);
   }
 };
 
@@ -498,11 +514,11 @@ __device__ __forceinline__ Pick warp_pick_in_span(const float* weights, int coun
   Pick pick{-1, rest};
   double carry = 0;
 #pragma unroll 1
-  for (int first = 0; first < count; first += kLeaves) {
-    const float w = lane < kLeaves && first + lane < count ? weights[first + lane] : 0.0f;
+  for (int first = 0; first < count; first += kGroup) {
+    const float w = lane < kGroup && first + lane < count ? weights[first + lane] : 0.0f;
     double sum = 0, own = 0;
 #pragma unroll
-    for (int i = 0; i < kLeaves; ++i) {
+    for (int i = 0; i < kGroup; ++i) {
       sum += static_cast<double>(__shfl_sync(kAllLanes, w, i));
       if (lane >= i) own = carry + sum;
     }
@@ -546,17 +562,13 @@ __device__ __forceinline__ Pick warp_pick_tile(const float* sums, int tiles, flo
   return warp_pick(spans, cumulated, keeps ? nullptr : sums, u * spans.total(), lane);
 }
 
-// One warp: cumulates a tile's padded weights, in their place.
-__device__ __forceinline__ LaneSpans<float> warp_cumulate_tile(float* weights, int lane) {
+// One warp: the token to draw from a tile whose padded weights are there; they are cumulated in
+// their place.
+__device__ __forceinline__ int warp_pick_token(float* weights, const Pick& tile, int lane) {
   __syncwarp();
-  return {weights, kTile, kSpanStride, lane, weights};
-}
-
-// One warp: the token to draw from a tile that was cumulated.
-__device__ __forceinline__ int warp_pick_token(const LaneSpans<float>& spans,
-                                               const float* cumulated, const Pick& tile, int lane) {
+  const LaneSpans<float> spans(weights, kTile, kSpanStride, lane, weights);
   const float rest = static_cast<float>(tile.rest);
-  return tile.item * kTile + warp_pick<float>(spans, cumulated, nullptr, rest, lane).item;
+  return tile.item * kTile + warp_pick<float>(spans, weights, nullptr, rest, lane).item;
 }
 
 // One warp: the same from a row. A call, since it would take registers that a large kernel has not
@@ -566,7 +578,7 @@ __device__ __noinline__ int warp_draw_from_tile(const Row& row, const Pick& tile
                                                 int lane) {
   __shared__ float weights[kPaddedTile];
   warp_weigh_tile(row, tile.item, vocab_size, lane, weights);
-  return warp_pick_token(warp_cumulate_tile(weights, lane), weights, tile, lane);
+  return warp_pick_token(weights, tile, lane);
 }
 
 // One warp: the sum of weights by spans, in every lane.
@@ -597,8 +609,10 @@ __device__ __forceinline__ Decision<typename Request::Row> warp_decide(const Req
     const int64_t k = first + lane;
     const bool is_draft = k < request.drafts;
     const int64_t id = is_draft ? request.id(k) : kPlaceholderTokenId;
-    const float u = is_draft ? uniform(a, request.b, k) : 0.0f;  // while the id is on its way
-    const bool accepted = request.accepts_draft(k, id, [&] { return u; });
+    // A given uniform is read while the id is on its way, others are drawn while p and q are.
+    const float given = is_draft && a.uniforms ? uniform(a, request.b, k) : 0.0f;
+    const auto u = [&] { return a.uniforms ? given : uniform(a, request.b, k); };
+    const bool accepted = request.accepts_draft(k, id, u);
     const unsigned stops = __ballot_sync(kAllLanes, !accepted);
     if (stops) {
       const int stop = __ffs(stops) - 1;
@@ -650,10 +664,10 @@ struct OwnTiles {
     step = warps * blocks;
   }
 
-  // Asked by the block's first warp: whether a tile is one of the block's.
-  __device__ __forceinline__ bool block_has(int tile) const {
-    const int place = tile % step - first;
-    return place >= 0 && place < static_cast<int>(blockDim.x) / kWarp;
+  // Which of the block's tiles a tile is that its first warp asks for, -1 where it is another's.
+  __device__ __forceinline__ int slot(int tile) const {
+    const int warps = static_cast<int>(blockDim.x) / kWarp, place = tile % step - first;
+    return place >= 0 && place < warps ? tile / step * warps + place : -1;
   }
 };
 
@@ -681,7 +695,7 @@ template <Step step, typename Row, typename Output>
 __device__ __forceinline__ void draw_token(Row& row, int vocab_size, const float& u, int rank,
                                            int blocks_per_row, const TileSums& all,
                                            const Output& output, float* kept) {
-  __shared__ Pick picked;  // the tile to draw from
+  __shared__ bool picked;
   __shared__ float weights[kPaddedTile];
 
   const int lane = threadIdx.x % kWarp, warp = threadIdx.x / kWarp;
@@ -698,7 +712,6 @@ __device__ __forceinline__ void draw_token(Row& row, int vocab_size, const float
   // Where the card is mostly idle a second tile need not wait for the first; else it would get in
   // the way of other warps' loads.
   const bool ahead = gridDim.x * gridDim.y <= kIdleGrid;
-  const int next_slot = static_cast<int>(blockDim.x) / kWarp * kPaddedTile;
 
 #pragma unroll 1  // the second pass is rare
   for (int pass = 0; pass < 2; ++pass) {
@@ -707,47 +720,38 @@ __device__ __forceinline__ void draw_token(Row& row, int vocab_size, const float
     const bool known = here.from_stats();
     float* sums = step == Step::kInCluster ? all.sums + pass * tiles : all.sums;
     const bool summed = known || (step == Step::kSelect && pass == 0);
-    const bool keeps = kept && !summed;
     int tile = summed ? tiles : own.first;
-    float* slot = keeps ? kept + warp * kPaddedTile : nullptr;
+    float* slot = summed ? nullptr : kept;
+    if (slot) slot += warp * kPaddedTile;
     bool drawing = false;
+    double rest = 0;  // the threshold in the tile to draw from
     for (;;) {
       if (tile >= tiles) {  // all sums are under way: one warp looks for the tile to draw from
         if (step == Step::kSum) return;
-        // While they come, every warp prepares to draw from its last tile.
-        if (keeps) slot -= next_slot;
-        LaneSpans<float> spans;
-        if (keeps && own.first < tiles) spans = warp_cumulate_tile(slot, lane);
         if (pass == 0 && stores) output.store_decision(lane);
-        if (step != Step::kInCluster && !known) __syncthreads();
-        if (warp == 0) {
-          if (known) {
-            warp_store_masses(here, tiles, lane, sums);
-          } else if (step == Step::kInCluster) {
-            wait_for_bytes(all.pending + pass);
-          }
-          const Pick pick = warp_pick_tile(sums, tiles, u, lane);
-          if (lane == 0) picked = pick;
-          if (pick.item < 0 && (known || pass == 1) && rank == 0 && lane == 0) {
-            output.store_token(0);  // p has no mass either
-          }
+        if ((step != Step::kInCluster && !known) || slot) __syncthreads();
+        if (warp != 0) break;
+        if (known) {
+          warp_store_masses(here, tiles, lane, sums);
+        } else if (step == Step::kInCluster) {
+          wait_for_bytes(all.pending + pass);
         }
-        __syncthreads();
-        // The warp that summed the tile still has its weights, or finds it in its multiprocessor's
-        // L1.
-        const Pick pick = picked;
-        int mine = own.first, at = warp * kPaddedTile;
-        for (; mine < pick.item; mine += own.step) at += next_slot;
-        if (mine != pick.item) break;
-        if (keeps) {
-          float* from = kept + at;
-          if (from != slot) spans = warp_cumulate_tile(from, lane);
-          const int token = warp_pick_token(spans, from, pick, lane);
+        const Pick pick = warp_pick_tile(sums, tiles, u, lane);
+        if (lane == 0) picked = known || pick.item >= 0;
+        if (pick.item < 0 && (known || pass == 1) && rank == 0 && lane == 0) {
+          output.store_token(0);  // p has no mass either
+        }
+        // The block that summed the tile still has its weights, or finds it in its own L1.
+        const int mine = pick.item < 0 ? -1 : own.slot(pick.item);
+        if (mine < 0) break;
+        if (slot) {
+          const int token = warp_pick_token(kept + mine * kPaddedTile, pick, lane);
           if (lane == 0) output.store_token(token);
           break;
         }
         drawing = true;
-        tile = mine;
+        rest = pick.rest;
+        tile = pick.item;
       }
       if (ahead && !drawing && tile + own.step < tiles) {
         prefetch_tile(here.p, here.q, tile + own.step, vocab_size, lane);
@@ -755,8 +759,7 @@ __device__ __forceinline__ void draw_token(Row& row, int vocab_size, const float
       // In one place, so that the tile drawn from finds its instructions there.
       const float sum = warp_weigh_tile(here, tile, vocab_size, lane, drawing ? weights : slot);
       if (drawing) {
-        const int token =
-            warp_pick_token(warp_cumulate_tile(weights, lane), weights, picked, lane);
+        const int token = warp_pick_token(weights, {tile, rest}, lane);
         if (lane == 0) output.store_token(token);
         break;
       }
@@ -766,20 +769,20 @@ __device__ __forceinline__ void draw_token(Row& row, int vocab_size, const float
         sums[tile] = sum;
       }
       tile += own.step;
-      if (keeps) slot += next_slot;
+      if (slot) slot += blockDim.x / kWarp * kPaddedTile;
     }
-    if (known || picked.item >= 0) return;
+    __syncthreads();
+    if (picked) return;
     if (threadIdx.x == 0) row = row.target();  // the residual has no weight: draw from p
     __syncthreads();
   }
 }
 
 // The body of a kernel whose grid has blocks_per_row blocks a request, of which this one is `rank`.
-// In a cluster expect_sums() and, by every thread, cluster_start() have been called before. `kept`
-// as draw_token has it.
+// In a cluster expect_sums() and, by every thread, cluster_start() have been called before.
 template <Step step, typename Request>
 __device__ __forceinline__ void sample_request(const Request& request, int rank, int blocks_per_row,
-                                               const TileSums& all, float* kept) {
+                                               const TileSums& all) {
   using Row = typename Request::Row;
   __shared__ Decision<Row> decision;
   __shared__ float recovery_uniform;
@@ -798,7 +801,8 @@ __device__ __forceinline__ void sample_request(const Request& request, int rank,
   // No block writes into another's shared memory before that block has started.
   if (step == Step::kInCluster) cluster_wait();
   draw_token<step>(decision.row, static_cast<int>(a.vocab_size), recovery_uniform, rank,
-                   blocks_per_row, all, RequestOutput<Request>{request, decision.accepted}, kept);
+                   blocks_per_row, all, RequestOutput<Request>{request, decision.accepted},
+                   nullptr);
 }
 
 // One warp: the reach of every prefix, and the number of drafts. Lanes gather, all walk.
@@ -901,7 +905,7 @@ __device__ __forceinline__ void sample_block(const Request& request, int rank, i
         if (known) warp_store_masses(row, tiles, lane, sums);
         const Pick tile = warp_pick_tile(sums, tiles, recovery_uniform, lane);
         if (tile.item >= 0) {
-          mine = own.block_has(tile.item);
+          mine = own.slot(tile.item) >= 0;
           if (mine) token = warp_draw_from_tile(shared_row, tile, vocab_size, lane);
         } else if (known || at_target) {
           token = 0;  // p has no mass either
