@@ -144,10 +144,10 @@ MUTANTS = [
     Mutant(
         "draws the index whose cumulative weight equals the threshold",
         HEADER,
-        "if (carry + scan[i] > rest) return pick;",
-        "if (carry + scan[i] >= rest) return pick;",
+        "if (cumulated > rest) return pick;",
+        "if (cumulated >= rest) return pick;",
     ),
-    Mutant("an index without weight may be drawn", HEADER, "if (!(w[i] > 0)) continue;", ""),
+    Mutant("an index without weight may be drawn", HEADER, "if (cumulated > before) pick", "pick"),
     Mutant(
         "a tile is summed in another order",
         HEADER,
@@ -219,7 +219,7 @@ MUTANTS = [
     Mutant(
         "the draw in the tile forgets the spans before",
         KERNELS,
-        "threshold - (chosen ? previous : 0.0)",
+        "threshold - (chosen ? previous : 0)",
         "threshold",
     ),
     Mutant(

@@ -496,6 +496,7 @@ struct LogitsPlan {
   // a launch before.
   int blocks_per_position;
   bool early_exit;
+  int kept_tiles;           // tiles whose weights a block of a position keeps in shared memory
   int64_t workspace_bytes;  // uninitialised device memory that launch_from_logits wants
 };
 

@@ -610,7 +610,7 @@ struct LaunchLogits {
                                                 static_cast<size_t>(sizes.verdicts_bytes), stream);
       if (error != cudaSuccess) return error;
     }
-    const int blocks = plan.blocks_per_position, kept = plan.fused.kept_tiles;
+    const int blocks = plan.blocks_per_position, kept = plan.kept_tiles;
     cudaLaunchConfig_t config =
         configure(a.base.batch_size * blocks, warps_per_block(a.base.vocab_size) * kWarp, stream);
     config.gridDim.y = static_cast<unsigned>(a.base.spec_length + 1);
@@ -701,10 +701,10 @@ int plan_from_logits(const LogitsParams& a, Exchange exchange, int blocks, Logit
   if (error != cudaSuccess) return error;
   plan->blocks_per_position = 0;
   plan->early_exit = false;
-  plan->fused.kept_tiles = 0;
+  plan->kept_tiles = 0;
   if (plan->fused.exchange == Exchange::kCluster && !a.base.block_verification) {
     plan->blocks_per_position = blocks > 0 ? blocks : blocks_per_position(a, *device);
-    plan->fused.kept_tiles =
+    plan->kept_tiles =
         tiles_to_keep(a.base.vocab_size, plan->blocks_per_position,
                       warps_per_block(a.base.vocab_size), device->shared_bytes - cluster_bytes(a));
     // With all of them running at once there is no end to be found, and time to draw for nothing.
@@ -713,7 +713,7 @@ int plan_from_logits(const LogitsParams& a, Exchange exchange, int blocks, Logit
     if (blocks == 0) {
       int& drawing = plan->fused.blocks_per_row;
       drawing = kPortableCluster;
-      while (drawing > 2 && a.base.batch_size * drawing > 4 * device->multiprocessors) {
+      while (drawing > 2 && a.base.batch_size * drawing > 2 * device->multiprocessors) {
         drawing /= 2;
       }
     }

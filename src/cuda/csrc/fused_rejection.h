@@ -464,7 +464,6 @@ struct Plan {
   Exchange exchange;   // kCluster or kWorkspace
   int blocks_per_row;  // a cluster's size, or any number with a workspace
   int warps_per_block;
-  int kept_tiles;           // tiles whose weights a block keeps in shared memory
   int64_t workspace_bytes;  // uninitialised device memory that launch_fused wants
 };
 

@@ -175,7 +175,6 @@ int plan_fused(const Params& a, Exchange exchange, int blocks_per_row, Plan* pla
   const bool needs_workspace =
       plan->exchange == Exchange::kWorkspace &&
       (a.block_verification || !is_alone(plan->blocks_per_row, a.vocab_size));
-  plan->kept_tiles = 0;
   plan->workspace_bytes = needs_workspace ? a.batch_size * tile_sum_bytes(a.vocab_size) : 0;
   return cudaSuccess;
 }

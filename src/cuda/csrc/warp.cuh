@@ -666,8 +666,10 @@ struct OwnTiles {
 
   // Which of the block's tiles a tile is that its first warp asks for, -1 where it is another's.
   __device__ __forceinline__ int slot(int tile) const {
-    const int warps = static_cast<int>(blockDim.x) / kWarp, place = tile % step - first;
-    return place >= 0 && place < warps ? tile / step * warps + place : -1;
+    const int warps = static_cast<int>(blockDim.x) / kWarp;
+    int place = tile - first, slot = 0;
+    for (; place >= step; place -= step) slot += warps;  // shorter than a division
+    return place >= 0 && place < warps ? slot + place : -1;
   }
 };
 
@@ -798,7 +800,8 @@ __device__ __forceinline__ void sample_request(const Request& request, int rank,
     if (lane == 0) decision = decided;
   }
   __syncthreads();
-  // No block writes into another's shared memory before that block has started.
+  // No block writes into another's shared memory before that block has started. Not later than
+  // this: the wait empties the L1 cache, where the tile drawn from is to be found.
   if (step == Step::kInCluster) cluster_wait();
   draw_token<step>(decision.row, static_cast<int>(a.vocab_size), recovery_uniform, rank,
                    blocks_per_row, all, RequestOutput<Request>{request, decision.accepted},
