@@ -4,7 +4,16 @@ import pytest
 import torch
 
 from src import from_logits, oracle
-from src.benchmarking import kernel, logits, results, sweep, target_tables, timing, workloads
+from src.benchmarking import (
+    kernel,
+    logits,
+    results,
+    sweep,
+    tables,
+    target_tables,
+    timing,
+    workloads,
+)
 from src.benchmarking.sweep import Contestant
 
 SMOKE = ["--smoke", "--device", "cpu"]
@@ -147,3 +156,13 @@ def test_a_wrong_verifier_of_logits_is_a_failed_row():
     options = {"runs": 2, "seed": 0, "problem": logits.PROBLEM}
     row = sweep.run([cell], entrants, "cpu", **options)[0]
     assert row["status"] == "failed" and "wrong tokens" in row["reason"]
+
+
+def test_the_batch_table_says_what_a_torch_add_would_take_in_the_kernels_place():
+    row = gpu_row("cuda", 6.0, speedup=20.0, torch_add_latency_us=13.0)
+    said = tables.batch_table(as_result([row])).splitlines()[-1]
+    assert "torch.add" in said and "13.0 us, Cuda 26.0" in said
+    assert "20.0 times as fast as the Python loop, the add 40.0" in said
+    before = gpu_row("cuda", 6.0, speedup=20.0)  # as earlier results have it
+    before.pop("torch_add_latency_us")
+    assert "torch.add" not in tables.batch_table(as_result([before]))

@@ -222,12 +222,16 @@ def _measure(
         return {name: f for name, f in timed.items() if rows[name]["status"] == "ok"}
 
     try:
-        latencies, last = timing.latencies(passing(), copies, device, **clock)
+        add = {_ADD: timing.add_of_one_element(device)} if device == "cuda" else {}
+        latencies, last = timing.latencies({**passing(), **add}, copies, device, **clock)
         if device == "cuda":
+            del last[_ADD]
+            shortest = timing.summary(latencies[_ADD])["median"]
+            for name in passing():
+                rows[name]["torch_add_latency_us"] = shortest
             queueing = {n: f for n, f in passing().items() if runnable[n].capturable}
             budget = {"budget_s": min(MOST_S, clock["budget_s"])}
-            turns = {**queueing, _ADD: timing.add_of_one_element(device)}
-            host = timing.host_times(turns, copies, device, **budget)
+            host = timing.host_times({**queueing, **add}, copies, device, **budget)
             for name in queueing:
                 rows[name]["host_us"] = host[name]
                 rows[name]["torch_add_us"] = host[_ADD]["median"]
@@ -342,6 +346,7 @@ def empty_row(workload: Workload, entrant: Contestant) -> dict:
         "latency_us": None,
         "host_us": None,
         "torch_add_us": None,
+        "torch_add_latency_us": None,
         "floor_us": None,
         "bytes": None,
         "acceptance_rate": None,

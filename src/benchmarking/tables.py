@@ -44,8 +44,28 @@ def method_table(result: dict) -> str:
 
 
 def batch_table(result: dict) -> str:
-    """A line a batch size; latency, then GPU time, of every sampler."""
-    return _pivot(result, ["Batch Size"], lambda row: (row["batch_size"],))
+    """A line a batch size; latency, then GPU time, of every sampler; the least latency there is."""
+    table = _pivot(result, ["Batch Size"], lambda row: (row["batch_size"],))
+    return "\n".join([table, *bullets(_least_latency(result["rows"]))])
+
+
+def _least_latency(rows: list[dict]) -> list[str]:
+    """What a torch.add of one element takes in place of the kernel, at the smallest batch."""
+    kernel = fastest_kernel(rows)
+    mine = next((row for row in rows if row["sampler"] == kernel and row["latency_us"]), None)
+    if mine is None or not mine.get("torch_add_latency_us"):
+        return []
+    took, add = mine["latency_us"]["median"], mine["torch_add_latency_us"]
+    line = (
+        f"At batch {mine['batch_size']} a torch.add of one element, called and waited for in turn "
+        f"with the samplers, takes {add:.1f} us, {mine['label']} {took:.1f}"
+    )
+    if mine["speedup"]:
+        bound = mine["speedup"] * took / add
+        line += (
+            f": it is {mine['speedup']:.1f} times as fast as the Python loop, the add {bound:.1f}"
+        )
+    return [f"{line}."]
 
 
 def vocab_table(result: dict) -> str:

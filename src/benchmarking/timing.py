@@ -109,7 +109,7 @@ def host_times(
 
 
 def add_of_one_element(device: str) -> Callable:
-    """`torch.add` of one element as a sampler for host_times: what any call into PyTorch costs."""
+    """`torch.add` of one element as a sampler: what any call into PyTorch costs."""
     one = torch.ones(1, device=device)
     return lambda **_inputs: torch.add(one, one)
 
