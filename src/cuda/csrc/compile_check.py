@@ -13,6 +13,7 @@ import subprocess
 import sys
 import sysconfig
 import tempfile
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 HERE = Path(__file__).resolve().parent
@@ -62,32 +63,41 @@ def main() -> int:
     includes = [f"-I{folder}" for folder in include_folders(nvcc)]
     if not binding_compiles(nvcc):
         return 1
+    architectures = sys.argv[1:] or ARCHITECTURES
     spilled = False
-    example = HERE.parent.parent.parent / "examples" / "cpp" / "verify.cu"
-    kernels = [*sorted(HERE.glob("*_kernel.cu")), example]
-    for architecture in sys.argv[1:] or ARCHITECTURES:
-        number = architecture.replace(".", "")
-        target = f"-gencode=arch=compute_{number},code=sm_{number}"
-        command = [nvcc, "-c", "-O3", "-std=c++20", "--fmad=false", "-Xptxas=-v", target]
-        command += [f"-I{HERE}", *includes]
-        with tempfile.TemporaryDirectory() as folder:
-            result = subprocess.run(
-                [*command, *map(str, kernels), "-odir", folder], capture_output=True, text=True
-            )
-        log = result.stdout + result.stderr
-        if result.returncode != 0:
-            print(log)
-            return result.returncode
-        for kernel in REPORT.finditer(log):
-            spills = int(kernel["stores"]) + int(kernel["loads"])
-            print(
-                f"sm_{number:4} {describe(kernel['name']):40} {kernel['registers']:>4} registers"
-                f" {kernel['stack']:>5} B stack {spills:>5} B spilled"
-            )
-            spilled |= spills > 0 and KERNEL.search(kernel["name"])[1] in FAST
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        compiled = pool.map(lambda name: compile_kernels(nvcc, includes, name), architectures)
+        for architecture, result in zip(architectures, compiled, strict=True):
+            log = result.stdout + result.stderr
+            if result.returncode != 0:
+                print(log)
+                return result.returncode
+            for kernel in REPORT.finditer(log):
+                spills = int(kernel["stores"]) + int(kernel["loads"])
+                print(
+                    f"sm_{architecture.replace('.', ''):4} {describe(kernel['name']):40}"
+                    f" {kernel['registers']:>4} registers {kernel['stack']:>5} B stack"
+                    f" {spills:>5} B spilled",
+                    flush=True,
+                )
+                spilled |= spills > 0 and KERNEL.search(kernel["name"])[1] in FAST
     if spilled:
         print(f"one of {', '.join(FAST)} spills registers", file=sys.stderr)
     return int(spilled)
+
+
+def compile_kernels(
+    nvcc: str, includes: list[str], architecture: str
+) -> subprocess.CompletedProcess:
+    """With ptxas's report."""
+    example = HERE.parent.parent.parent / "examples" / "cpp" / "verify.cu"
+    kernels = [*sorted(HERE.glob("*_kernel.cu")), example]
+    number = architecture.replace(".", "")
+    command = [nvcc, "-c", "-O3", "-std=c++20", "--fmad=false", "-Xptxas=-v"]
+    command += [f"-gencode=arch=compute_{number},code=sm_{number}", f"-I{HERE}", *includes]
+    with tempfile.TemporaryDirectory() as folder:
+        command += [*map(str, kernels), "-odir", folder]
+        return subprocess.run(command, capture_output=True, text=True)
 
 
 def describe(mangled: str) -> str:
