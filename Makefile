@@ -31,13 +31,15 @@ test: build
 test-gpu: build
 	$(PY) -m pytest -q -m gpu --durations=10 -o faulthandler_timeout=100
 
-# NVIDIA's checkers over the kernels' tests of small shapes, without PyTorch's cache, which would hide a
-# read past the end of a tensor.
-SANITIZED := tests/test_samplers.py tests/test_block.py tests/test_from_logits.py
+# NVIDIA's checkers over the kernels' tests of small shapes, and every launch there is at larger ones,
+# without PyTorch's cache, which would hide a read past the end of a tensor.
+SANITIZED := tests/test_samplers.py tests/test_block.py tests/test_from_logits.py tests/test_gpu.py
+CHECKED := cuda and (dtype or degenerate or infinite) or every_launch and 32003
+CHECKED += or block_verification_emits and 50257
 sanitize: build
 	for tool in memcheck racecheck initcheck synccheck; do \
 	  PYTORCH_NO_CUDA_MEMORY_CACHING=1 compute-sanitizer --tool $$tool --error-exitcode 9 \
-	    $(PY) -m pytest -q -x -m gpu $(SANITIZED) -k "gpu and cuda and (dtype or degenerate or infinite)" || exit 1; \
+	    $(PY) -m pytest -q -x -m gpu $(SANITIZED) -k "gpu and ($(CHECKED))" || exit 1; \
 	done
 
 # Everything that benchmark_results/ holds of a device, on this machine's.

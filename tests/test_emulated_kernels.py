@@ -16,7 +16,7 @@ LAUNCHES = [
     ("thread-per-row", 1),
     ("cluster", 1),
     ("cluster", 2),
-    ("cluster", 8),
+    ("cluster", 9),
     ("workspace", 1),
     ("workspace", 3),
 ]

@@ -40,8 +40,11 @@ def planned(exchange, blocks_per_row):
 
 def plans():
     result = [("workspace", blocks) for blocks in (1, 2, 5, 32)]
-    if torch.cuda.is_available() and torch.cuda.get_device_capability()[0] >= 9:
+    capability = torch.cuda.get_device_capability() if torch.cuda.is_available() else (0, 0)
+    if capability[0] >= 9:
         result += [("cluster", blocks) for blocks in (1, 2, 4, 8)]
+    if capability == (9, 0):  # clusters beyond the portable size
+        result += [("cluster", blocks) for blocks in (9, 16)]
     return result
 
 
