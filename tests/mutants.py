@@ -215,6 +215,18 @@ MUTANTS = [
         "wait_for_bytes(all.pending + pass);",
         "",
     ),
+    Mutant(
+        "what a span cumulates to begins anew with its second group",
+        KERNELS,
+        "to[first + i] = sum + group;",
+        "to[first + i] = group;",
+    ),
+    Mutant(
+        "a long span's second group forgets the first",
+        KERNELS,
+        "if (lane >= i) own = carry + sum;",
+        "if (lane >= i) own = sum;",
+    ),
     Mutant("every lane adds in the scan", KERNELS, "if (lane >= d) sum += other;", "sum += other;"),
     Mutant(
         "the draw in the tile forgets the spans before",

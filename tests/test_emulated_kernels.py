@@ -44,6 +44,16 @@ def test_the_kernels_emit_the_cpp_kernels_tokens_bit_for_bit(batch_size, spec_le
     check(make_case(batch_size, spec_length, vocab_size))
 
 
+def test_a_search_through_spans_longer_than_what_is_kept_of_them():
+    """Beyond 262,144 tokens, to a tile that is not among the first eight of its span."""
+    case = make_case(1, 0, 263_000)
+    tiles = case["target_probs"][0, 0].cumsum(0)[511::512]
+    tile = 12 * 17 + 11  # of spans of 17 tiles
+    case["uniforms"][0, 0] = (tiles[tile - 1] + tiles[tile]) / 2
+    check(case, [("cluster", 9)])
+    assert int(samplers.get("cpp").load()(**case)[0][0, 0]) // 512 == tile
+
+
 @pytest.mark.parametrize("dtype", emulation.DTYPES, ids=str)
 @pytest.mark.parametrize("ids_dtype", [torch.int32, torch.int64], ids=str)
 def test_every_dtype_ragged_one_hot_and_strided(dtype, ids_dtype):
