@@ -36,8 +36,9 @@ test-gpu: build
 SANITIZED := tests/test_samplers.py tests/test_block.py tests/test_from_logits.py tests/test_gpu.py
 CHECKED := cuda and (dtype or degenerate or infinite) or every_launch and 32003
 CHECKED += or block_verification_emits and 50257
+TOOLS ?= memcheck racecheck initcheck synccheck
 sanitize: build
-	for tool in memcheck racecheck initcheck synccheck; do \
+	for tool in $(TOOLS); do \
 	  PYTORCH_NO_CUDA_MEMORY_CACHING=1 compute-sanitizer --tool $$tool --error-exitcode 9 \
 	    $(PY) -m pytest -q -x -m gpu $(SANITIZED) -k "gpu and ($(CHECKED))" || exit 1; \
 	done
