@@ -1,11 +1,14 @@
 """On a CUDA card: graphed rounds emit what eager rounds do."""
 
 import copy
+import functools
 
 import pytest
 import torch
+from transformers import AutoModelForCausalLM, LlamaConfig, Qwen2Config
 
 from src import samplers
+from src.decoding.cache import CachedModel
 from src.decoding.drafts import PromptLookupDraft
 from src.decoding.speculative import Decoder, Distribution
 from tests.tiny import drafting, llama, relative
@@ -68,3 +71,62 @@ def test_replays_with_other_seeds_draw_other_tokens():
     first = graphed.generate(PROMPTS, NEW, seeds=[1, 2, 3]).token_ids
     assert graphed.generate(PROMPTS, NEW, seeds=[4, 5, 6]).token_ids != first
     assert graphed.generate(PROMPTS, NEW, seeds=[1, 2, 3]).token_ids == first
+
+
+@functools.cache
+def wide(kind: str):
+    """A random model of a size that the Triton kernels take, with normalizations of its own."""
+    config = {"llama": LlamaConfig, "qwen2": Qwen2Config}[kind](
+        vocab_size=1024,
+        hidden_size=896,
+        intermediate_size=1216,
+        num_hidden_layers=3,
+        num_attention_heads=14,
+        num_key_value_heads=2,
+        max_position_embeddings=512,
+    )
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(config).eval().requires_grad_(False)
+    for name, parameter in model.named_parameters():
+        if parameter.dim() == 1:
+            parameter.copy_(torch.randn_like(parameter) / 4 + (0 if "bias" in name else 1))
+    return model
+
+
+@pytest.mark.parametrize("batch_size", [1, 2])
+@pytest.mark.parametrize("kind", ["llama", "qwen2"])
+def test_triton_layers_are_as_near_to_float32_as_pytorchs_own(kind, batch_size):
+    pytest.importorskip("triton")
+    capacity = 160
+    exact = CachedModel(on_card(wide(kind)), batch_size, capacity)
+    plain, kernels = (
+        CachedModel(on_card(wide(kind)).bfloat16(), batch_size, capacity) for _ in range(2)
+    )
+    assert exact.engine.few is None and kernels.engine.few is not None
+    plain.engine.few = None
+    generator = torch.Generator().manual_seed(1)
+    start = torch.zeros(batch_size, dtype=torch.int64)
+    for queries, keep in ((70, 0), (1, 0), (2, 1), (2, 0), (3, 0), (4, 0), (5, 0), (9, 0), (16, 0)):
+        ids = torch.randint(0, 1024, (batch_size, queries), generator=generator).cuda()
+        wanted, theirs, ours = (
+            model.forward(ids, start.cuda(), keep).float() for model in (exact, plain, kernels)
+        )
+        assert ours.shape == wanted.shape
+        allowed = 1.3 * (theirs - wanted).square().mean().sqrt()
+        assert (ours - wanted).square().mean().sqrt() <= allowed, (queries, keep)
+        # Ragged: the second row goes back two tokens of every longer query.
+        start += torch.tensor([queries, max(1, queries - 2)])[:batch_size]
+
+
+def test_triton_layers_do_not_write_outside_their_rows():
+    pytest.importorskip("triton")
+    kernels = CachedModel(on_card(wide("llama")).bfloat16(), 2, 64)
+    for _, cache in kernels.engine.layers:
+        cache.fill_(7)
+    ids, start = torch.ones((2, 3), dtype=torch.int64).cuda(), torch.tensor([5, 40]).cuda()
+    kernels.forward(ids, start)
+    for _, cache in kernels.engine.layers:
+        untouched = torch.ones(2, 64, dtype=torch.bool)
+        untouched[0, 5:8] = untouched[1, 40:43] = False
+        assert (cache[untouched.cuda()] == 7).all()
+        assert (cache[~untouched.cuda()] != 7).float().mean() > 0.9

@@ -97,7 +97,9 @@ class CachedModel:
     def _run(self, input_ids, start, keep, eager=False):
         steps = self._columns[: input_ids.shape[1]]
         positions = (start[:, None] + steps).clamp(min=0)
-        # An additive mask in the model's dtype: SDPA would convert a boolean one in every layer.
+        return self.engine(input_ids, positions, lambda: self._mask(positions), keep, eager)
+
+    def _mask(self, positions):
+        # Additive, in the model's dtype: SDPA would convert a boolean one in every layer.
         seen = self._columns <= positions.repeat(1, self._groups)[:, None, :, None]
-        mask = torch.where(seen, self._visible, self._hidden)
-        return self.engine(input_ids, positions, mask, keep, eager)
+        return torch.where(seen, self._visible, self._hidden)

@@ -1,9 +1,9 @@
 """Forwards of a causal LM over preallocated keys and values that the device alone addresses.
 
-Both are called with (input_ids [B, Q] int64, positions [B, Q] int64, mask [B, 1, G*Q, capacity]
-additive, keep) and return logits [B, Q or keep, V]; G is the number of query heads of a key/value
-head, whose queries are folded into the rows of one. eager: not by what was compiled. What differs
-between versions of transformers is kept in this file.
+Both are called with (input_ids [B, Q] int64, positions [B, Q] int64, mask, keep) and return logits
+[B, Q or keep, V]. mask() makes the mask [B, 1, G*Q, capacity], additive; G is the number of query
+heads of a key/value head, whose queries are folded into the rows of one. eager: not by what was
+compiled. What differs between versions of transformers is kept in this file.
 """
 
 from __future__ import annotations
@@ -21,15 +21,18 @@ _FIXED_ROPE = ("default", "llama3", "linear", "yarn")
 
 
 class FusedForward:
-    """Llama's and Qwen2's forward in 14 launches a layer instead of 43.
+    """Llama's and Qwen2's forward in 14 launches a layer instead of 43, or in 5.
 
     A decoding step of such a model is a thousand small kernels around matrix products that only
-    read the weights once, so fewer launches are most of what can be won without a compiler: query,
-    key and value in one product, gate and up in another, residuals added by the product's own
-    accumulation, normalization in one kernel, the rotation in three, keys and values written by
-    one. Weights are not copied: the model's own become views of the joined ones.
+    read the weights once, so fewer launches are most of what can be won: query, key and value in
+    one product, gate and up in another, residuals added by the product's own accumulation,
+    normalization in one kernel, the rotation in three, keys and values written by one. Weights are
+    not copied: the model's own become views of the joined ones.
 
-    compiled: layers under torch.compile, which joins the small kernels. All layers share one code.
+    few: triton_layers.TritonLayers for a few query tokens, where there is Triton and they fit the
+        model; `few = None` turns them off.
+    compiled: the other layers under torch.compile, which joins the small kernels. All layers share
+        one code.
     """
 
     def __init__(self, model, batch_size: int, capacity: int, *, compiled: bool = False):
@@ -54,6 +57,10 @@ class FusedForward:
         sin = torch.cat((-sin[..., :half], sin[..., half:]), -1)
         self.rotation = torch.stack((cos[0], sin[0]), 1)  # [capacity, 2, D]
         self._compiled = torch.compile(_layer, dynamic=False) if compiled else _layer_in_place
+        self.few = None
+        kernels = triton_layers() if self.head.is_cuda else None
+        if kernels and kernels.fits(self.shape, self.layers, self.head):
+            self.few = kernels.TritonLayers(self)
 
     @staticmethod
     def fits(model) -> bool:
@@ -75,7 +82,9 @@ class FusedForward:
     def __call__(self, input_ids, positions, mask, keep, eager=False):
         layer = _layer_in_place if eager else self._compiled
         x = torch.nn.functional.embedding(input_ids, self.embed)
-        flat = x.flatten(0, 1)
+        if self.few and not eager and input_ids.numel() <= self.few.most_tokens:
+            return self.few(x, positions, keep)
+        mask, flat = mask(), x.flatten(0, 1)
         rows = (positions + self.first_rows).flatten()
         rotation = self.rotation[positions.flatten()].unsqueeze(2)
         for weights, cache in self.layers:
@@ -83,6 +92,15 @@ class FusedForward:
         x = flat.view_as(x)
         x = x[:, -keep:] if keep else x
         return linear(_normalized(x, self.norm.weight, self.shape), self.head)
+
+
+def triton_layers():
+    """The module of that name, or None where there is no Triton: on Windows, and without a card."""
+    try:
+        from src.decoding import triton_layers
+    except ImportError:
+        return None
+    return triton_layers
 
 
 class _Shape(NamedTuple):
@@ -198,7 +216,7 @@ class ModelForward:
         try:
             return forward(
                 input_ids=input_ids,
-                attention_mask=mask,
+                attention_mask=mask(),
                 position_ids=positions,
                 past_key_values=self._cache,
                 use_cache=True,

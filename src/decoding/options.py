@@ -44,7 +44,7 @@ def options(description: str) -> argparse.ArgumentParser:
     add("--per-category", type=positive, help="prompts a category (default: all; on a CPU 1)")
     add("--acceptance", type=float, default=0.8, help="forced, for a synthetic pair")
     add("--modes", default=",".join(MODES), help="eager, graphed, or both (default)")
-    add("--compile", action="store_true", help="forwards under torch.compile")
+    add("--compile", action="store_true", help="under torch.compile what Triton kernels do not do")
     add("--check-lossless", action="store_true", help="report how the text compares with plain")
     add("--stream", action="store_true", help="print the first prompt's text as it comes")
     device = "cuda" if torch.cuda.is_available() else "cpu"
