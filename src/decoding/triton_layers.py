@@ -16,8 +16,7 @@ import triton
 import triton.language as tl
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
-MOST_TOKENS = 32  # M; with more, the products are a library's work
-_MOST_BY_SUMS = tl.constexpr(4)  # M; with more, tensor cores are faster
+MOST_TOKENS = 16  # M; with more, the products are a library's work
 _ALIGNMENT = 64  # of widths and heads
 _LINE = tl.constexpr(64)  # elements in a cache line
 _LOG2_E = tl.constexpr(1.4426950408889634)
@@ -59,8 +58,8 @@ def _product(
     With NORMALIZE times x's root mean square normalization: its factor for a token is known at the
     end only, which is early enough.
     """
-    if TOKENS <= _MOST_BY_SUMS:
-        return _by_sums(x, norm, weights, rows, count, epsilon, WIDTH, TOKENS, COLUMNS, NORMALIZE)
+    if TOKENS == 1:
+        return _by_sums(x, norm, weights, rows, epsilon, WIDTH, COLUMNS, NORMALIZE)
     token, column = tl.arange(0, TOKENS), tl.arange(0, COLUMNS)
     result = tl.zeros((rows.shape[0], TOKENS), tl.float32)
     squares = tl.zeros((TOKENS, COLUMNS), tl.float32)
@@ -84,48 +83,31 @@ def _by_sums(
     norm,
     weights,
     rows,
-    count,
     epsilon,
     WIDTH: tl.constexpr,
-    TOKENS: tl.constexpr,
     COLUMNS: tl.constexpr,
     NORMALIZE: tl.constexpr,
 ):
-    """_product without tensor cores, which want the weights in shared memory first.
+    """_product of one token, without tensor cores, which want weights in shared memory first.
 
-    x is loaded in the weights' shape, so that every thread has what it multiplies by. Tokens that
-    do not exist are the last one's again.
+    x is loaded in the weights' shape, so that every thread has what it multiplies by. With two
+    tokens or more that is too much to load.
     """
-    ROWS: tl.constexpr = rows.shape[0]
-    last, column = count - 1, tl.arange(0, COLUMNS)
-    first_token = tl.zeros((ROWS, COLUMNS), tl.float32)
-    second, third, fourth = first_token, first_token, first_token
-    for first in tl.range(0, WIDTH, COLUMNS, loop_unroll_factor=4 // TOKENS):
+    column = tl.arange(0, COLUMNS)
+    result = tl.zeros((rows.shape[0], COLUMNS), tl.float32)
+    squares = tl.zeros((rows.shape[0], COLUMNS), tl.float32)
+    for first in tl.range(0, WIDTH, COLUMNS, loop_unroll_factor=4):
         at = rows[:, None] * 0 + (first + column)[None, :]
-        tile = tl.load(weights + rows[:, None] * WIDTH + at).to(tl.float32)
+        tile = tl.load(weights + rows[:, None] * WIDTH + at)
+        values = tl.load(x + at).to(tl.float32)
         if NORMALIZE:
-            tile *= tl.load(norm + at)
-        first_token += tile * tl.load(x + at)
-        if TOKENS > 1:
-            second += tile * tl.load(x + tl.minimum(1, last) * WIDTH + at)
-        if TOKENS > 2:
-            third += tile * tl.load(x + tl.minimum(2, last) * WIDTH + at)
-            fourth += tile * tl.load(x + tl.minimum(3, last) * WIDTH + at)
-    result = tl.sum(first_token, 1)[:, None]
-    if TOKENS == 2:
-        result = tl.join(tl.sum(first_token, 1), tl.sum(second, 1))
-    if TOKENS == 4:
-        odd = tl.join(tl.sum(first_token, 1), tl.sum(third, 1))
-        even = tl.join(tl.sum(second, 1), tl.sum(fourth, 1))
-        result = tl.reshape(tl.join(odd, even), (ROWS, TOKENS))
+            squares += values * values
+            values *= tl.load(norm + at)
+        result += tile * values
+    result = tl.sum(result, 1)
     if NORMALIZE:
-        token = tl.minimum(tl.arange(0, TOKENS), last)
-        squares = tl.zeros((TOKENS, COLUMNS), tl.float32)
-        for first in range(0, WIDTH, COLUMNS):
-            wide = tl.load(x + token[:, None] * WIDTH + (first + column)[None, :]).to(tl.float32)
-            squares += wide * wide
-        result *= tl.rsqrt(tl.sum(squares, 1) / WIDTH + epsilon)[None, :]
-    return result
+        result *= tl.rsqrt(tl.sum(squares, 1) / WIDTH + epsilon)
+    return result[:, None]
 
 
 @triton.jit
@@ -393,9 +375,8 @@ class TritonLayers:
 
 
 def _padded(count: int) -> int:
-    """Tokens that the kernels compute for so many: few by sums, more by tensor cores."""
-    tokens = triton.next_power_of_2(count)
-    return tokens if tokens <= _MOST_BY_SUMS else max(16, tokens)
+    """Tokens that the kernels compute for so many: one by sums, more by tensor cores."""
+    return 1 if count == 1 else max(8, triton.next_power_of_2(count))
 
 
 # Rows and columns of a tile, warps, stages, and the columns asked for before the wait: the fastest
@@ -419,9 +400,7 @@ _BY_DOTS = {
 
 def _plan(kind: str, width: int, tokens: int, shared_memory: int) -> dict:
     """How a product of that kind is cut. shared_memory: bytes that a block may have."""
-    rows, columns, warps, stages, ahead = (_BY_SUMS if tokens <= _MOST_BY_SUMS else _BY_DOTS)[kind]
-    if tokens == 4:
-        rows, columns = 2, 1024  # registers
+    rows, columns, warps, stages, ahead = (_BY_SUMS if tokens == 1 else _BY_DOTS)[kind]
     while width % columns:
         columns //= 2
     stages = min(stages, shared_memory // (2 * columns * (rows + tokens)))
