@@ -32,7 +32,8 @@ PLAIN = "plain"
 PEER_PLAIN = "transformers"
 PEER_ASSISTED = "transformers-assisted"
 _READS_ON_HOST = ("baseline",)
-_CALIBRATION_LENGTH = 4
+_CALIBRATION_LENGTHS = (1, 8)
+_CALIBRATION_BATCHES = 3
 
 
 class Method(NamedTuple):
@@ -244,26 +245,34 @@ class Comparison:
         return self._caches[key]
 
     def _calibrate(self, method: Method, category: str) -> int:
-        """K from acceptance and costs measured on the category's first prompts, with the sampler
+        """K from acceptance and times measured on the category's first prompts, with the sampler
         that draws. The same K then serves every sampler of the mode."""
-        batch = next(batch for name, batch in self.batches if name == category)
-        ids = [self._ids[prompt] for prompt in batch]
         fast = method._replace(name=self._draw)
-        plain, drafting = self.decoder(fast, 0), self.decoder(fast, _CALIBRATION_LENGTH)
-        new = self.settings.max_new_tokens
-        for decoder in (plain, drafting):
-            decoder.generate(ids, new, seeds=[0] * len(ids), profile=True)
-        base = plain.generate(ids, new, seeds=[1] * len(ids), profile=True)
-        step = sum(base.stats.seconds.values()) / base.stats.steps
-        stats = drafting.generate(ids, new, seeds=[1] * len(ids), profile=True).stats
-        seconds = {name: s / stats.steps / step for name, s in stats.seconds.items()}
-        # A longer verify forward costs more, on a CPU in proportion: that is a cost of each token.
-        verify = min(base.stats.seconds["verify"] / base.stats.steps / step, seconds["verify"])
-        longer = seconds["verify"] - verify
-        cost = lengths.Cost(
-            (seconds["draft"] + longer) / _CALIBRATION_LENGTH, verify, seconds["sample"]
+        batches = [batch for name, batch in self.batches if name == category]
+        few, many = _CALIBRATION_LENGTHS
+        (step, _), (short, _), (long, stats) = (
+            self._measure(fast, length, batches[:_CALIBRATION_BATCHES]) for length in (0, few, many)
         )
-        return lengths.choose(stats.accepted, stats.rounds, cost)[0]
+        # A round's time is a line through those of two lengths. It does not pass through a plain
+        # step's: a forward of two tokens may cost much more than one of one, and of three no more.
+        draft = max(0.0, long - short) / (many - few)
+        cost = lengths.Cost(draft / step, (short - few * draft) / step, 0.0)
+        rounds = sum(one.rounds for one in stats)
+        accepted = [sum(counts) for counts in zip(*(one.accepted for one in stats), strict=True)]
+        return lengths.choose(accepted, rounds, cost)[0]
+
+    def _measure(self, method: Method, length: int, batches) -> tuple[float, list[Stats]]:
+        """Seconds a round at that length, and what was accepted of each batch."""
+        decoder, stats = self.decoder(method, length), []
+        new = self.settings.max_new_tokens
+        for seed, chosen in ((0, batches[:1]), (1, batches)):  # the first to warm up
+            for batch in chosen:
+                ids = [self._ids[prompt] for prompt in batch]
+                made = decoder.generate(ids, new, seeds=[seed] * len(ids), profile=True)
+                stats.append(made.stats)
+        stats = stats[1:]
+        seconds = sum(sum(one.seconds.values()) for one in stats)
+        return seconds / sum(one.steps for one in stats), stats
 
     def _by_transformers(self, method: Method, ids: list[list[int]], category: str) -> Generation:
         options = self._peer_options(method, category)

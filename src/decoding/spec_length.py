@@ -1,7 +1,7 @@
 """How many tokens to draft: what a round yields against what it costs, from measured figures.
 
 Costs are in plain decoding steps: c a draft step and what its token adds to the verify forward, v a
-verify forward without that, o everything else in a round.
+verify forward of drafts without that, o everything else in a round.
 """
 
 from __future__ import annotations

