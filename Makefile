@@ -25,8 +25,9 @@ BUILT := $(CSRC)/build/.built
 demo: build
 	$(PY) quick_demo.py
 
+# A process a core, each with one thread.
 test: build
-	$(PY) -m pytest -q
+	OMP_NUM_THREADS=1 $(PY) -m pytest -q -n auto --maxprocesses 8 --dist worksteal
 
 test-gpu: build
 	$(PY) -m pytest -q -m gpu --durations=10 -o faulthandler_timeout=100
