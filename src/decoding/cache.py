@@ -88,8 +88,8 @@ class CachedModel:
     def forward(self, input_ids: torch.Tensor, start: torch.Tensor, keep: int = 0) -> torch.Tensor:
         """Logits [B, Q, V] of input_ids [B, Q] int64, row b at positions start[b], start[b]+1, …
 
-        start: [B] int64; start + Q must not exceed the capacity (a device assert past it). A
-            position before 0 counts as 0.
+        start: [B] int64; start + Q must not exceed the capacity (past it a device assert, but
+            none from Triton's kernels). A position before 0 counts as 0.
         keep: logits of the last `keep` tokens only; 0 keeps all.
         """
         return self._run(input_ids, start, keep)

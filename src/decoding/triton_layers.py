@@ -16,7 +16,6 @@ import triton
 import triton.language as tl
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
-MOST_TOKENS = 16  # M; with more, the products are a library's work
 _ALIGNMENT = 64  # of widths and heads
 _LINE = tl.constexpr(64)  # elements in a cache line
 _LOG2_E = tl.constexpr(1.4426950408889634)
@@ -304,21 +303,19 @@ def _attention_kernel(
 class TritonLayers:
     """Layers and head of a forwards.FusedForward that `fits`, over its weights and caches."""
 
-    most_tokens = MOST_TOKENS
+    most_tokens = 16  # M; with more, the products are a library's work
 
     def __init__(self, forward):
         self.shape, self.layers, self.rotation = forward.shape, forward.layers, forward.rotation
         self.norm, self.head = forward.norm.weight, forward.head
-        cuda = self.head.is_cuda
-        card = torch.cuda.get_device_properties(self.head.device) if cuda else None
-        self.dependent = cuda and card.major >= 9
-        self.shared_memory = card.shared_memory_per_block_optin if cuda else 2**17
+        card = torch.cuda.get_device_properties(self.head.device)
+        self.dependent = card.major >= 9
+        self.shared_memory = card.shared_memory_per_block_optin
 
     def __call__(self, x: torch.Tensor, positions: torch.Tensor, keep: int) -> torch.Tensor:
         """x [B, Q, hidden], overwritten; positions [B, Q] int64. Logits [B, Q or keep, V]."""
         batch_size, queries, hidden = x.shape
         shape, count = self.shape, batch_size * queries
-        tokens = _padded(count)
         attended_width = shape.heads * shape.head_dim
         query = x.new_empty(count, attended_width)
         attended = torch.empty_like(query)
@@ -329,47 +326,53 @@ class TritonLayers:
             "KV_HEADS": shape.kv_heads,
             "HEAD_DIM": shape.head_dim,
         }
-        some = {"TOKENS": tokens, "DEPENDENT": self.dependent, "launch_pdl": self.dependent}
-        if not self.dependent:
-            del some["launch_pdl"]
+        early = {"DEPENDENT": self.dependent, "launch_pdl": self.dependent}
+
+        def product(kernel, kind: str, rows: int, width: int, count: int, *arguments, **options):
+            tokens = _padded(count)
+            plan = _plan(kind, width, tokens, self.shared_memory)
+            kernel[(rows // plan["ROWS"],)](*arguments, TOKENS=tokens, **plan, **early, **options)
+
         for weights, cache in self.layers:
             size = len(weights.gate_up) // 2
             gated = x.new_empty(count, size)
-            plan = _plan("qkv", hidden, tokens, self.shared_memory)
-            _qkv_kernel[(len(weights.qkv) // plan["ROWS"],)](
+            product(
+                *(_qkv_kernel, "qkv", len(weights.qkv), hidden, count),
                 *(x, weights.input_norm, weights.qkv, weights.qkv_bias, self.rotation, positions),
                 *(query, cache, count, shape.epsilon),
                 HAS_BIAS=weights.qkv_bias is not None,
-                **heads | some | plan,
+                **heads,
             )
             _attention_kernel[(batch_size * shape.kv_heads,)](
                 *(query, cache, positions, attended, shape.scaling),
                 ROWS=max(16, triton.next_power_of_2(queries * shape.heads // shape.kv_heads)),
                 COLUMNS=64,
-                **heads | {k: v for k, v in some.items() if k != "TOKENS"},
+                **heads,
+                **early,
             )
-            plan = _plan("out", attended_width, tokens, self.shared_memory)
-            _add_kernel[(hidden // plan["ROWS"],)](
-                attended, weights.out.t(), x, count, OUT=hidden, **some | plan
+            product(
+                *(_add_kernel, "out", hidden, attended_width, count),
+                *(attended, weights.out.t(), x, count),
+                OUT=hidden,
             )
-            plan = _plan("gated", hidden, tokens, self.shared_memory)
-            _gated_kernel[(2 * size // plan["ROWS"],)](
+            product(
+                *(_gated_kernel, "gated", 2 * size, hidden, count),
                 *(x, weights.post_norm, weights.gate_up, gated, count, shape.epsilon),
                 OUT=size,
-                **some | plan,
             )
-            plan = _plan("down", size, tokens, self.shared_memory)
-            _add_kernel[(hidden // plan["ROWS"],)](
-                gated, weights.down.t(), x, count, OUT=hidden, **some | plan
+            product(
+                *(_add_kernel, "down", hidden, size, count),
+                *(gated, weights.down.t(), x, count),
+                OUT=hidden,
             )
         if keep and keep < queries:
             x = x[:, -keep:].contiguous()
         size, count = len(self.head), x.shape[0] * x.shape[1]
         logits = x.new_empty(*x.shape[:2], size)
-        some["TOKENS"] = _padded(count)
-        plan = _plan("logits", hidden, some["TOKENS"], self.shared_memory)
-        _logits_kernel[(size // plan["ROWS"],)](
-            *(x, self.norm, self.head, logits, count, shape.epsilon), OUT=size, **some | plan
+        product(
+            *(_logits_kernel, "logits", size, hidden, count),
+            *(x, self.norm, self.head, logits, count, shape.epsilon),
+            OUT=size,
         )
         return logits
 
