@@ -105,29 +105,35 @@ void run_logits(const LogitsParams& a, int kernel, int n, bool early_exit, unsig
     std::vector<int32_t> tokens(targets, -77);
     std::vector<LogitsRow<T>> drawn_from(targets);
     std::vector<TileStats> kept_stats(targets * tiles, TileStats{NAN, NAN});
-    std::vector<uint8_t> verdicts(targets, early_exit ? kGoesOn : 0xFF);
+    std::vector<uint8_t> verdicts(targets, early_exit ? kUnknown : 0xFF);
     const bool keeps = seed % 2 == 0;
     Findings<T> findings = {};
+    Task task = early_exit ? Task::kDecide : Task::kDrawAll;
     if (a.base.spec_length > 0) {
       findings.verdicts = verdicts.data();
-      if (early_exit) {
+      if (!early_exit) {
+        findings.tokens = tokens.data();
+      } else if (a.filters()) {
         findings.rows = drawn_from.data();
         findings.stats = kept_stats.data();
       } else {
-        findings.tokens = tokens.data();
+        const auto decide = [&] { decide_kernel<T>(a, n, verdicts.data()); };
+        const size_t shared = DecideShared::bytes(tiles, n) / sizeof(float);
+        emulation::launch(static_cast<int>(batch_size) * n, threads, n, shared, decide, seed,
+                          static_cast<int>(a.base.spec_length));
+        task = Task::kDrawEnds;
       }
     }
     const int kept = keeps ? (tiles + warps * n - 1) / (warps * n) * warps : 0;
-    const auto decide = [&] {
-      a.filters() ? positions_kernel<T, true>(a, n, early_exit, keeps, findings)
-                  : positions_kernel<T, false>(a, n, early_exit, keeps, findings);
+    const auto positions = [&] {
+      a.filters() ? positions_kernel<T, true>(a, n, task, keeps, findings)
+                  : positions_kernel<T, false>(a, n, task, keeps, findings);
     };
     const size_t shared = PositionShared::bytes(tiles, a.filters(), kept) / sizeof(float);
-    const int positions = static_cast<int>(a.base.spec_length) + 1;
-    emulation::launch(static_cast<int>(batch_size) * n, threads, n, shared, decide, seed,
-                      positions);
-    if (a.base.spec_length == 0) return;
-    if (early_exit) {
+    const int count = task == Task::kDrawEnds ? 1 : static_cast<int>(a.base.spec_length) + 1;
+    emulation::launch(static_cast<int>(batch_size) * n, threads, n, shared, positions, seed, count);
+    if (a.base.spec_length == 0 || task == Task::kDrawEnds) return;
+    if (task == Task::kDecide) {
       const auto draw = [&] { draw_kernel<T>(a, n, findings); };
       emulation::launch(static_cast<int>(batch_size) * n, threads, n, exchange_floats(tiles), draw,
                         seed);

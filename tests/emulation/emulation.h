@@ -295,9 +295,27 @@ inline void send_pair_to_block(float* shared, uint64_t* pending, int rank, float
 inline void wait_for_bytes(uint64_t* pending) {
   while (std::atomic_ref(*pending) != 0) emulation::yield();
 }
+// A phase's number, the arrivals that it is to have, and those that it still lacks.
+inline void expect_arrivals(uint64_t* barrier, int count) {
+  *barrier = static_cast<uint64_t>(count) << 16 | static_cast<uint64_t>(count);
+}
+inline void arrive_at_block(uint64_t* barrier, int rank) {
+  auto& all = emulation::block().cluster->shared;
+  const auto offset = reinterpret_cast<float*>(barrier) - all[emulation::block().rank].data();
+  std::atomic_ref there(*reinterpret_cast<uint64_t*>(&all[rank].at(offset)));
+  uint64_t old = there, next;
+  do {
+    const uint64_t count = old >> 16 & 0xFFFF;
+    next = (old & 0xFFFF) > 1 ? old - 1 : ((old >> 32) + 1) << 32 | count << 16 | count;
+  } while (!there.compare_exchange_weak(old, next));
+}
+inline void wait_for_arrivals(uint64_t* barrier, int parity) {
+  while (static_cast<int>(std::atomic_ref(*barrier) >> 32 & 1) == parity) emulation::yield();
+}
 inline void allow_next_launch() {}
 inline void wait_for_launch_before() {}
 inline void prefetch_line(const void*) {}
+inline void wait_a_little() { emulation::yield(); }
 
 // The counter of cuRAND's Philox state; the words are this project's. That they are cuRAND's own is
 // tested against its headers, and on the GPU.

@@ -77,9 +77,8 @@ float find_threshold(const LogitsParams& a, int64_t b, const T* x, float largest
     while (kept.back() < threshold) kept.pop_back();
   };
   const int64_t top_k = a.top_k ? a.top_k[b] : 0;
-  const bool by_rank =
-      top_k > 0 && top_k < vocab_size && top_k <= static_cast<int64_t>(kept.size());
-  if (by_rank) keep_from(kept[top_k - 1]);
+  const bool by_rank = top_k > 0 && top_k < vocab_size;
+  if (by_rank && top_k <= static_cast<int64_t>(kept.size())) keep_from(kept[top_k - 1]);
   const float top_p = a.top_p ? a.top_p[b] : 1.0f;
   if (top_p < 1.0f) {
     const float unit = mass_unit(vocab_size);

@@ -492,11 +492,13 @@ FR_HOST_DEVICE constexpr int64_t num_draft_rows(const LogitsParams& a) {
 struct LogitsPlan {
   Plan fused;
   // In clusters, but for block verification: how many blocks share a position's rows, and whether
-  // later positions look for an end before they read, and a launch of its own draws. 0: all rows in
+  // verdicts come first, so that later positions look for an end before they read. 0: all rows in
   // a launch before.
   int blocks_per_position;
   bool early_exit;
-  int kept_tiles;           // tiles whose weights a block of a position keeps in shared memory
+  int kept_tiles;       // tiles whose weights a block of a position keeps in shared memory
+  int deciding_blocks;  // where nothing is filtered, that share a position which only decides
+  int64_t least_shared_bytes;
   int64_t workspace_bytes;  // uninitialised device memory that launch_from_logits wants
 };
 

@@ -1,11 +1,13 @@
-// The CUDA kernels on logits. In clusters two launches: positions_kernel, a cluster a position,
-// reads its rows and decides whether the request would end there. Where all clusters run at once
-// they also draw, and finish_kernel takes the first position that ends each request; else
-// draw_kernel draws there, a cluster a request. For block verification, and on cards without
-// clusters: a pass over all rows (a warp a tile), with filters a search for each row's threshold
-// and a second pass over what it keeps, and the fused kernel of warp.cuh, which finishes the rows'
-// sums, decides, and draws.
+// The CUDA kernels on logits. In clusters two launches. Where a cluster for every position runs at
+// once, positions_kernel reads the positions' rows, decides whether the request would end there,
+// and draws, and finish_kernel takes the first position that ends each request. Else decide_kernel,
+// a block a position, gives the verdicts, and positions_kernel draws where each request ends; with
+// filters positions_kernel gives the verdicts and draw_kernel draws. For block verification, and on
+// cards without clusters: a pass over all rows (a warp a tile), with filters a search for each
+// row's threshold and a second pass over what it keeps, and the fused kernel of warp.cuh, which
+// finishes the rows' sums, decides, and draws.
 #include "from_logits.h"
+#include "rough.cuh"
 #include "threshold.cuh"
 #include "tiles.cuh"
 #include "warp.cuh"
@@ -75,8 +77,8 @@ __global__ void __launch_bounds__(kMaxWarps* kWarp)
   const int vocab_size = static_cast<int>(a.base.vocab_size);
   int exchange = 0;
   const float threshold =
-      find_threshold(*reinterpret_cast<Search*>(shared), Team{0, 1}, Filters(a, at.b), at.x,
-                     stats + row * num_tiles(vocab_size), vocab_size, &exchange);
+      find_threshold(*reinterpret_cast<Search*>(shared), Team{0, 1, 0, nullptr}, Filters(a, at.b),
+                     at.x, stats + row * num_tiles(vocab_size), vocab_size, &exchange);
   if (threadIdx.x == 0) thresholds[row] = threshold;
 }
 
@@ -150,23 +152,29 @@ __global__ void __launch_bounds__(kMaxWarps* kWarp, 1)
   }
 }
 
-// ---- In clusters. Every position of every request has a cluster of blocks: they share out the
-// tiles of its target row, and of its draft row where that is needed, tell one another the tiles'
-// statistics, and then each knows whether the request would end here. First positions come first,
-// so that where not all blocks run at once, those behind a known end find it when they start, and
-// leave. Where all do, they draw at once, from rows that they have just read; if a position before
-// it ends the request too, for nothing.
+// ---- In clusters. A position has a cluster of blocks: they share out the tiles of its target row,
+// and of its draft row where that is needed, tell one another the tiles' statistics, and then each
+// knows whether the request would end here, and what it would draw. Where such clusters for all
+// positions run at once, all draw, from rows that they have just read; if a position before it ends
+// the request too, for nothing. Else there are verdicts first, by position: those behind a known
+// end find it when they start, and leave.
+
+enum class Task {
+  kDrawAll,   // at every position that would end its request
+  kDecide,    // verdicts, and what to draw from
+  kDrawEnds,  // a cluster a request: where the verdicts say that it ends
+};
 
 // What positions leave to the next launch, in global memory [B][K + 1]; null where K is 0.
 template <typename T>
 struct Findings {
   uint8_t* verdicts;   // kGoesOn or kEnds
-  int32_t* tokens;     // drawn where the position would end its request, or, where null:
-  LogitsRow<T>* rows;  // what to draw from there
+  int32_t* tokens;     // of kDrawAll: drawn where the position would end its request
+  LogitsRow<T>* rows;  // of kDecide: what to draw from there
   TileStats* stats;    // [B][K + 1][tiles], of the target's rows
 };
 
-constexpr uint8_t kGoesOn = 0, kEnds = 1;
+constexpr uint8_t kUnknown = 0, kGoesOn = 1, kEnds = 2;
 
 struct DraftToken {
   int64_t id;
@@ -191,14 +199,17 @@ struct PositionSummaries {
 
 // A block's dynamic shared memory, which the cluster's others send into.
 struct PositionShared {
-  uint64_t* pending;  // of statistics, of those of what filters keep, of TileSums, of is_over
+  uint64_t* pending;  // of statistics, of those of what filters keep, of TileSums (2), of is_over,
+                      // of thresholds
+  uint64_t* barrier;  // of those who search for a threshold together
   float* is_over;     // whether the request has ended before this position
+  float* thresholds;  // of the target's row, the draft's
   TileSums sums;
   TileStats* stats;  // [2][tiles]: the target's row, the draft's
   Search* search;    // where there are filters
   float* kept;       // the weights of `slots` tiles
 
-  static constexpr int kWords = 6;  // five barriers, and is_over
+  static constexpr int kWords = 9;  // seven barriers, is_over, thresholds
 
   FR_HOST_DEVICE static constexpr int64_t bytes(int64_t tiles, bool filtered, int slots) {
     const int64_t exchanged = 2 * tiles * static_cast<int64_t>(sizeof(float) + sizeof(TileStats));
@@ -208,27 +219,34 @@ struct PositionShared {
 
   __device__ PositionShared(uint64_t* shared, int tiles, bool filtered)
       : pending(shared),
-        is_over(reinterpret_cast<float*>(shared + 5)),
+        barrier(shared + 6),
+        is_over(reinterpret_cast<float*>(shared + 7)),
+        thresholds(reinterpret_cast<float*>(shared + 8)),
         sums{reinterpret_cast<float*>(shared + kWords), shared + 2},
         stats(reinterpret_cast<TileStats*>(sums.sums + 2 * tiles)),
         search(reinterpret_cast<Search*>(stats + 2 * tiles)),
         kept(reinterpret_cast<float*>(search + (filtered ? 1 : 0))) {}
 };
 
-// A position's token goes to the findings, or to the outputs of a request without drafts.
+// A position's token goes to the findings, or where those have no place for it to the outputs: it
+// then ends its request.
+template <typename T>
 struct PositionOutput {
   const Params& a;
   int32_t* tokens;
   unsigned b, k;
 
-  __device__ __forceinline__ void store_decision(int) const {}
+  // One warp: all but the drawn token.
+  __device__ __forceinline__ void store_decision(int lane) const {
+    if (tokens) return;
+    const Request<T> request(a, b);
+    RequestOutput<Request<T>>{request, k}.store_decision(lane);
+  }
   __device__ __forceinline__ void store_token(int id) const {
     if (tokens) {
       tokens[static_cast<int64_t>(b) * (a.spec_length + 1) + k] = id;
-    } else if (a.ids_are_int64) {
-      static_cast<int64_t*>(a.token_ids)[b] = id;
     } else {
-      static_cast<int32_t*>(a.token_ids)[b] = id;
+      Request<T>(a, b).store(k, id);
     }
   }
 };
@@ -245,29 +263,227 @@ __device__ __forceinline__ bool warp_is_over(const volatile uint8_t* verdicts, u
   return false;
 }
 
+// One warp: the first position that ends a request, the end of its drafts at the latest; waits for
+// verdicts that are not there yet.
+__device__ __forceinline__ int64_t warp_first_end(const volatile uint8_t* verdicts, int64_t drafts,
+                                                  int lane) {
+  for (int64_t first = 0;;) {
+    const int64_t k = first + lane;
+    const uint8_t verdict = k >= drafts ? kEnds : verdicts[k];
+    const unsigned stops = __ballot_sync(kAllLanes, verdict != kGoesOn);
+    if (!stops) {
+      first += kWarp;
+      continue;
+    }
+    const int stop = __ffs(stops) - 1;
+    if (__ballot_sync(kAllLanes, verdict == kEnds) >> stop & 1u) return first + stop;
+    wait_a_little();
+  }
+}
+
 // How many blocks a multiprocessor has registers for. The search for thresholds wants many, and so
 // do float32 logits.
 template <typename T, bool filtered>
 constexpr int kResidentPositions = filtered || sizeof(T) == 4 ? 1 : kResidentBlocks;
 
+// A block's dynamic shared memory where it only decides.
+struct DecideShared {
+  uint64_t* pending;  // of parts
+  RoughSum* parts;    // [2][blocks * warps]: of the target's row, of the draft's
+  TileStats* stats;   // [2][tiles], for exact sums
+
+  FR_HOST_DEVICE static constexpr int64_t bytes(int64_t tiles, int blocks) {
+    return static_cast<int64_t>(sizeof(uint64_t)) +
+           2 * blocks * kMaxWarps * static_cast<int64_t>(sizeof(RoughSum)) +
+           2 * tiles * static_cast<int64_t>(sizeof(TileStats));
+  }
+
+  __device__ DecideShared(uint64_t* shared, int blocks)
+      : pending(shared),
+        parts(reinterpret_cast<RoughSum*>(shared + 1)),
+        stats(reinterpret_cast<TileStats*>(parts + 2 * blocks * kMaxWarps)) {}
+};
+
+// A cluster a draft, where nothing is filtered: its verdict, from rough sums wherever they suffice.
+template <typename T>
+__global__ void __launch_bounds__(kMaxWarps* kWarp, kResidentBlocks)
+    decide_kernel(const LogitsParams a, int blocks, uint8_t* verdicts) {
+  using Request = LogitsRequest<T, PositionSummaries>;
+  __shared__ RowSummary summaries[2];
+  __shared__ double log2_sums[2];  // of the target's row, of the draft's
+  __shared__ DraftToken draft;
+  __shared__ bool is_open;
+  FR_DYNAMIC_SHARED(uint64_t, shared);
+
+  wait_for_launch_before();
+  allow_next_launch();
+  const int lane = threadIdx.x % kWarp, warp = threadIdx.x / kWarp, warps = blockDim.x / kWarp;
+  const int rank = static_cast<int>(cluster_rank());
+  const unsigned b = cluster_index(), k = grid_row();
+  const unsigned spec_length = static_cast<unsigned>(a.base.spec_length);
+  const int vocab_size = static_cast<int>(a.base.vocab_size), tiles = num_tiles(vocab_size);
+  if (a.base.num_draft_tokens && static_cast<int>(k) >= a.base.num_draft_tokens[b]) return;
+  const T* x_p = static_cast<const T*>(a.base.target_probs) + b * a.base.target_row_stride +
+                 k * a.base.target_position_stride;
+  const bool greedy = a.is_greedy(b);
+  const int rows = num_draft_rows(a) > 0 && !greedy ? 2 : 1;
+  const T* x_q = rows == 2 ? static_cast<const T*>(a.base.draft_probs) +
+                                 b * a.base.draft_row_stride + k * a.base.draft_position_stride
+                           : nullptr;
+  const auto load = [&](int i, RawTile<T>& raw) {
+    if (i >= rows * tiles) return;
+    load_tile(i < tiles ? x_p : x_q, i < tiles ? i : i - tiles, vocab_size,
+              kNegativeInfinityWord<T>, lane, raw);
+  };
+  const int first = rank * warps + warp, step = warps * blocks;
+  RawTile<T> raw, next;
+  load(first, raw);
+  load(first + step, next);
+
+  const DecideShared at(shared, blocks);
+  const int parts = blocks * warps;
+  if (threadIdx.x == 0) expect_bytes(at.pending, rows * parts * static_cast<int>(sizeof(RoughSum)));
+  __syncwarp();
+  cluster_start();
+  uint8_t* const own_verdicts = verdicts + static_cast<int64_t>(b) * (spec_length + 1);
+  const float scale = a.scale(b);
+  const auto request = [&] { return Request(a, b, {summaries}); };
+  const int64_t id = request().id(k);
+  const bool in_vocab = request().in_vocab(id), finds_draft = rank == 0 && warp == warps - 1;
+  DraftToken found = {id, 0.0f, {}};  // on its way while the tiles are
+  if (finds_draft) {
+    found.values = request().values(k, id);
+    found.u = uniform(a.base, b, k);
+  }
+  float token_logit = 0.0f;
+  if (greedy && in_vocab) token_logit = static_cast<float>(read_argument(x_p + id));
+  // Once: to look again would be to wait for the tiles that were asked for before.
+  const bool over = warp_is_over(own_verdicts, k, lane);
+  __syncwarp();
+  cluster_wait();
+
+  RoughSum rough;
+  const auto send = [&](int row) {
+#pragma unroll
+    for (int d = 1; d < kWarp; d *= 2) rough.sum += __shfl_xor_sync(kAllLanes, rough.sum, d);
+    if (lane == 0) {
+      RoughSum& part = at.parts[row * parts + rank * warps + warp];
+      send_pair_to_block(&part.anchor, at.pending, 0, rough.anchor, rough.sum);
+    }
+  };
+  int sent = 0;
+  for (int i = first; i < rows * tiles && in_vocab && !over; i += step) {
+    if (i >= tiles && sent == 0) {
+      send(sent++);
+      rough = RoughSum{};
+    }
+    const RawTile<T> here = raw;
+    raw = next;
+    load(i + 2 * step, next);
+    if (greedy) {
+      count_before(here, lane, i * kTile, token_logit, id, rough);
+    } else {
+      warp_add_tile(here, scale, lane, rough);
+    }
+  }
+  while (sent < rows) {
+    if (over) rough = {kNegativeInfinity, lane == 0 ? kOver : 0.0f};
+    send(sent++);
+    rough = RoughSum{};
+  }
+  if (rank != 0) return;
+
+  if (finds_draft && lane == 0) draft = found;
+  __syncthreads();
+  if (warp == 0) {
+    wait_for_bytes(at.pending);
+    const GreedyCount count = warp_count(at.parts, parts, lane);
+    Verdict verdict = in_vocab ? Verdict::kOpen : Verdict::kRejected;
+    if (in_vocab && greedy) {
+      if (fabsf(token_logit) < kLargestFloat) {
+        verdict = count.any ? Verdict::kRejected : Verdict::kAccepted;
+      }
+    } else if (in_vocab && !count.is_over) {
+      const double log2_target = warp_rough_log2(at.parts, parts, lane);
+      double log2_draft = 0.0;
+      if (rows == 2) {
+        log2_draft = warp_rough_log2(at.parts + parts, parts, lane);
+      } else if (a.draft_logsumexp) {
+        log2_draft = a.draft_logsumexp[static_cast<int64_t>(b) * spec_length + k] * kLog2E;
+      }
+      verdict =
+          rough_verdict(draft.u, draft.values.target, draft.values.draft,
+                        a.draft_is_logits && a.base.draft_probs, scale, log2_target, log2_draft);
+    }
+    if (lane == 0) {
+      is_open = !count.is_over && verdict == Verdict::kOpen;
+      if (!count.is_over && !is_open) {
+        own_verdicts[k] = verdict == Verdict::kRejected ? kEnds : kGoesOn;
+      }
+    }
+  }
+  __syncthreads();
+  if (!is_open) return;
+
+  // One block: the exact sums, and of greedy requests the argmax.
+  for (int i = warp; i < rows * tiles; i += warps) {
+    load(i, raw);
+    const TileStats found = warp_tile_stats(raw, scale, kNegativeInfinity, !greedy);
+    if (lane == 0) at.stats[i] = found;
+  }
+  __syncthreads();
+  if (warp < rows) {
+    const RowSummary summary = warp_summarize(warp == 0 ? x_p : x_q, at.stats + warp * tiles, scale,
+                                              kNegativeInfinity, greedy, vocab_size, lane);
+    if (lane == 0) summaries[warp] = summary;
+  }
+  __syncthreads();
+  if (threadIdx.x == 0) {
+    RowSummary given;
+    Request decided = request();
+    if (a.draft_logsumexp) {
+      const double sum = a.draft_logsumexp[static_cast<int64_t>(b) * spec_length + k];
+      given = {sum, nullptr, 0.0f, kNegativeInfinity, -1};
+      decided.summaries.given = &given;
+    }
+    const bool accepted =
+        decided.accepts_values(k, draft.id, draft.values, [&] { return draft.u; });
+    own_verdicts[k] = accepted ? kGoesOn : kEnds;
+  }
+}
+
 template <typename T, bool filtered>
 __global__ void __launch_bounds__(kMaxWarps* kWarp, kResidentPositions<T, filtered>)
-    positions_kernel(const LogitsParams a, int blocks, bool early_exit, bool keeps,
+    positions_kernel(const LogitsParams a, int blocks, Task task, bool keeps,
                      Findings<T> findings) {
   using Request = LogitsRequest<T, PositionSummaries>;
   __shared__ RowSummary summaries[2], given;
   __shared__ DraftToken draft;
   __shared__ LogitsRow<T> row;
   __shared__ float recovery_uniform;
+  __shared__ unsigned end;
   __shared__ bool ends;
   FR_DYNAMIC_SHARED(uint64_t, shared);
 
-  wait_for_launch_before();
+  // Where requests end is known one by one; that all of the launch before has ended, at the end.
+  if (task != Task::kDrawEnds) wait_for_launch_before();
   const int lane = threadIdx.x % kWarp, warp = threadIdx.x / kWarp, warps = blockDim.x / kWarp;
   const int rank = static_cast<int>(cluster_rank());
   // 32 bits hold them, as the grid does, and take half the registers.
-  const unsigned b = cluster_index(), k = grid_row();
-  const unsigned spec_length = static_cast<unsigned>(a.base.spec_length);
+  const unsigned b = cluster_index(), spec_length = static_cast<unsigned>(a.base.spec_length);
+  int drafts = static_cast<int>(spec_length);
+  if (a.base.num_draft_tokens)
+    drafts = a.base.num_draft_tokens[b] < drafts ? a.base.num_draft_tokens[b] : drafts;
+  unsigned k = grid_row();
+  if (task == Task::kDrawEnds) {
+    if (warp == 0) {
+      const int64_t begin = static_cast<int64_t>(b) * (spec_length + 1);
+      const int64_t found = warp_first_end(findings.verdicts + begin, drafts, lane);
+      if (lane == 0) end = static_cast<unsigned>(found);
+    }
+    __syncthreads();
+    k = end;
+  }
   const int vocab_size = static_cast<int>(a.base.vocab_size), tiles = num_tiles(vocab_size);
   const int first = rank * warps + warp, step = warps * blocks;
   const T* x_p = static_cast<const T*>(a.base.target_probs) + b * a.base.target_row_stride +
@@ -281,9 +497,6 @@ __global__ void __launch_bounds__(kMaxWarps* kWarp, kResidentPositions<T, filter
   if (first < tiles) load(first, raw);
 
   allow_next_launch();
-  int drafts = static_cast<int>(spec_length);
-  if (a.base.num_draft_tokens)
-    drafts = a.base.num_draft_tokens[b] < drafts ? a.base.num_draft_tokens[b] : drafts;
   const bool is_last = static_cast<int>(k) >= drafts, greedy = a.is_greedy(b);
   if (k > 0 && static_cast<int>(k) > drafts) return;
   if (!is_last && a.base.draft_probs) {
@@ -294,17 +507,24 @@ __global__ void __launch_bounds__(kMaxWarps* kWarp, kResidentPositions<T, filter
   const int rows = num_draft_rows(a) > 0 && !greedy && !is_last ? 2 : 1;
   if (first >= tiles && first < rows * tiles) load(first, raw);
   const PositionShared at(shared, tiles, filtered);
+  // Half of the cluster searches in each of two rows, where it can be halved.
+  const bool halved = filtered && rows == 2 && blocks % 2 == 0;
+  const int team_size = halved ? blocks / 2 : blocks;
   if (threadIdx.x == 0) {
     for (int pass = 0; pass < (filtered ? 2 : 1); ++pass) {
       expect_bytes(at.pending + pass, rows * tiles * static_cast<int>(sizeof(TileStats)));
     }
     expect_sums(at.sums, tiles);
     expect_bytes(at.pending + 4, static_cast<int>(sizeof(float)));
+    if (filtered) {
+      expect_bytes(at.pending + 5, rows * static_cast<int>(sizeof(float)));
+      expect_arrivals(at.barrier, team_size);
+    }
   }
   __syncwarp();
   cluster_start();
   float is_over = 0.0f;
-  if (early_exit && rank == 0 && warp == 0) {
+  if (task == Task::kDecide && rank == 0 && warp == 0) {
     const int64_t begin = static_cast<int64_t>(b) * (spec_length + 1);
     is_over = warp_is_over(findings.verdicts + begin, k, lane) ? 1.0f : 0.0f;
   }
@@ -322,8 +542,12 @@ __global__ void __launch_bounds__(kMaxWarps* kWarp, kResidentPositions<T, filter
       recovery_uniform = u;
       if (!is_last) {
         const int64_t id = request().id(k);
-        const float own = uniform(a.base, b, k);  // while the id is on its way
-        draft = {id, own, request().values(k, id)};
+        if (task == Task::kDrawEnds) {
+          draft.id = id;
+        } else {
+          const float own = uniform(a.base, b, k);  // while the id is on its way
+          draft = {id, own, request().values(k, id)};
+        }
         if (a.draft_logsumexp) {
           const double sum = a.draft_logsumexp[static_cast<int64_t>(b) * spec_length + k];
           given = {sum, nullptr, 0.0f, kNegativeInfinity, -1};
@@ -333,7 +557,7 @@ __global__ void __launch_bounds__(kMaxWarps* kWarp, kResidentPositions<T, filter
   }
   __syncwarp();
   cluster_wait();
-  if (early_exit) {  // one block looks, so that all leave together
+  if (task == Task::kDecide) {  // one block looks, so that all leave together
     if (rank == 0 && warp == 0 && lane < blocks) {
       send_to_block(at.is_over, at.pending + 4, lane, is_over);
     }
@@ -341,38 +565,53 @@ __global__ void __launch_bounds__(kMaxWarps* kWarp, kResidentPositions<T, filter
     if (*at.is_over > 0.0f) return;
   }
   // Where all blocks run at once the card has time for rows that only a rejection reads.
-  const bool ahead = !early_exit && rows == 1 && x_q;
+  const bool ahead = task != Task::kDecide && rows == 1 && x_q;
+  const Filters filters = filtered ? Filters(a, b) : Filters();
+  const bool sums_first = !greedy && (!filters.any() || filters.want_sums());
   for (int i = first; i < rows * tiles; i += step) {
     RawTile<T> next;
     if (i + step < rows * tiles) load(i + step, next);
     if (ahead) prefetch_tile(static_cast<const T*>(nullptr), x_q, i, vocab_size, lane);
-    tell(i, warp_tile_stats(raw, scale, kNegativeInfinity), 0);
+    tell(i, warp_tile_stats(raw, scale, kNegativeInfinity, sums_first), 0);
     raw = next;
   }
 
   if (filtered || warp < rows) wait_for_bytes(at.pending);
   float threshold_p = kNegativeInfinity, threshold_q = kNegativeInfinity;
   if constexpr (filtered) {
-    const Team team{rank, blocks};
-    const Filters filters(a, b);
+    const Team team{rank % team_size, team_size, rank - rank % team_size, at.barrier};
     int exchange = 0;
-    threshold_p = find_threshold(*at.search, team, filters, x_p, at.stats, vocab_size, &exchange);
-    if (rows == 2) {
-      threshold_q =
-          find_threshold(*at.search, team, filters, x_q, at.stats + tiles, vocab_size, &exchange);
+    for (int row = halved ? rank / team_size : 0; row < rows; row += halved ? rows : 1) {
+      const float found = find_threshold(*at.search, team, filters, row == 0 ? x_p : x_q,
+                                         at.stats + row * tiles, vocab_size, &exchange);
+      if (halved) {
+        if (team.rank == 0 && warp == 0 && lane < blocks) {
+          send_to_block(at.thresholds + row, at.pending + 5, lane, found);
+        }
+      } else if (row == 0) {
+        threshold_p = found;
+      } else {
+        threshold_q = found;
+      }
     }
-    if (threshold_p > kNegativeInfinity || threshold_q > kNegativeInfinity) {
+    if (halved) {
+      wait_for_bytes(at.pending + 5);
+      threshold_p = at.thresholds[0];
+      threshold_q = at.thresholds[1];
+    }
+    const bool sums_later = !greedy && !sums_first;
+    if (sums_later || threshold_p > kNegativeInfinity || threshold_q > kNegativeInfinity) {
       for (int i = first; i < rows * tiles; i += step) {
         const float threshold = i < tiles ? threshold_p : threshold_q;
         TileStats found = at.stats[i];
         __syncwarp();  // what is sent below overwrites it
-        if (threshold > kNegativeInfinity) {
+        if (sums_later || threshold > kNegativeInfinity) {
           // Where a tile was seen to have nothing to keep, it is not read again.
           const bool keeps = found.largest >= threshold;
           found = {kNegativeInfinity, 0.0f};
           if (keeps) {
             load(i, raw);
-            found = warp_tile_stats(raw, scale, threshold);
+            found = warp_tile_stats(raw, scale, threshold, true);
           }
         }
         tell(i, found, 1);
@@ -395,14 +634,12 @@ __global__ void __launch_bounds__(kMaxWarps* kWarp, kResidentPositions<T, filter
     if (threadIdx.x == kWarp) {
       row = decided.row(k, is_last ? kPlaceholderTokenId : draft.id);
     } else {
-      ends = is_last || !decided.accepts_values(k, draft.id, draft.values, [&] { return draft.u; });
-      if (rank == 0 && findings.verdicts) {
+      ends = is_last || task == Task::kDrawEnds ||
+             !decided.accepts_values(k, draft.id, draft.values, [&] { return draft.u; });
+      if (rank == 0 && findings.verdicts && task != Task::kDrawEnds) {
         findings.verdicts[static_cast<int64_t>(b) * (spec_length + 1) + k] = ends ? kEnds : kGoesOn;
       }
-      if (rank == 0 && a.logsumexp) {
-        a.logsumexp[b] = summaries[0].logsumexp;
-        a.base.num_accepted[b] = 0;
-      }
+      if (rank == 0 && a.logsumexp) a.logsumexp[b] = summaries[0].logsumexp;
     }
   }
   __syncthreads();
@@ -421,18 +658,9 @@ __global__ void __launch_bounds__(kMaxWarps* kWarp, kResidentPositions<T, filter
     return;
   }
   draw_token<Step::kInCluster>(row, vocab_size, recovery_uniform, rank, blocks, at.sums,
-                               PositionOutput{a.base, findings.tokens, b, k},
+                               PositionOutput<T>{a.base, findings.tokens, b, k},
                                keeps ? at.kept : nullptr);
-}
-
-// One warp: the first position that ends a request, the end of its drafts at the latest.
-__device__ __forceinline__ int64_t warp_first_end(const uint8_t* verdicts, int64_t drafts,
-                                                  int lane) {
-  for (int64_t first = 0;; first += kWarp) {
-    const int64_t k = first + lane;
-    const unsigned ends = __ballot_sync(kAllLanes, k >= drafts || verdicts[k] == kEnds);
-    if (ends) return first + __ffs(ends) - 1;
-  }
+  if (task == Task::kDrawEnds) wait_for_launch_before();
 }
 
 // A warp a request: what it ends with at the first position that does.
@@ -506,6 +734,9 @@ const void* const kLogitsKernels[] = {
     reinterpret_cast<const void*>(&positions_kernel<float, true>),
     reinterpret_cast<const void*>(&positions_kernel<BFloat16, true>),
     reinterpret_cast<const void*>(&positions_kernel<Float16, true>),
+    reinterpret_cast<const void*>(&decide_kernel<float>),
+    reinterpret_cast<const void*>(&decide_kernel<BFloat16>),
+    reinterpret_cast<const void*>(&decide_kernel<Float16>),
     reinterpret_cast<const void*>(&draw_kernel<float>),
     reinterpret_cast<const void*>(&draw_kernel<BFloat16>),
     reinterpret_cast<const void*>(&draw_kernel<Float16>),
@@ -538,6 +769,27 @@ int blocks_per_position(const LogitsParams& a, const Device& device) {
   return blocks;
 }
 
+// How the launch that draws where requests end shares them out: as many blocks a request as run at
+// once for all. Clusters are packed on few multiprocessors unless no two of their blocks fit one,
+// so that is asked for, unless two on each make many more.
+void plan_draws(const LogitsParams& a, const Device& device, LogitsPlan* plan) {
+  const auto most = [&](const int (&at_once)[kLargestCluster + 1]) {
+    int n = device.largest_cluster;
+    while (n > 2 &&
+           (at_once[n] < a.base.batch_size || (n > kPortableCluster && n < kLargestCluster))) {
+      --n;
+    }
+    return n;
+  };
+  const int spread = most(device.spread_clusters);
+  const int packed = has_one_block_a_multiprocessor(a)
+                         ? 0
+                         : std::min(most(device.large_clusters), kPortableCluster);
+  const bool is_spread = 4 * spread >= 3 * packed;
+  plan->blocks_per_position = is_spread ? spread : packed;
+  plan->least_shared_bytes = is_spread ? device.half_shared_bytes : 0;
+}
+
 // The workspace: tile statistics, then thresholds and tile sums; or Findings.
 struct Workspace {
   int64_t stats_bytes = 0, thresholds_bytes = 0, sums_bytes = 0;
@@ -548,11 +800,11 @@ struct Workspace {
     const int64_t tiles = num_tiles(a.base.vocab_size);
     if (plan.blocks_per_position > 0) {
       if (a.base.spec_length == 0) return;  // the token goes to the outputs
-      if (plan.early_exit) {
+      if (!plan.early_exit) {
+        tokens_bytes = targets * static_cast<int64_t>(sizeof(int32_t));
+      } else if (a.filters()) {
         stats_bytes = targets * tiles * static_cast<int64_t>(sizeof(TileStats));
         rows_bytes = targets * static_cast<int64_t>(sizeof(LogitsRow<float>));
-      } else {
-        tokens_bytes = targets * static_cast<int64_t>(sizeof(int32_t));
       }
       verdicts_bytes = targets;
       return;
@@ -597,30 +849,44 @@ struct LaunchLogits {
     Findings<T> findings = {};
     if (a.base.spec_length > 0) {
       char* at = workspace;
-      if (plan.early_exit) {
+      if (!plan.early_exit) {
+        findings.tokens = reinterpret_cast<int32_t*>(at);
+      } else if (a.filters()) {
         findings.stats = reinterpret_cast<TileStats*>(at);
         findings.rows = reinterpret_cast<LogitsRow<T>*>(at + sizes.stats_bytes);
-      } else {
-        findings.tokens = reinterpret_cast<int32_t*>(at);
       }
       findings.verdicts = reinterpret_cast<uint8_t*>(at + sizes.bytes() - sizes.verdicts_bytes);
     }
     if (plan.early_exit) {
-      const cudaError_t error = cudaMemsetAsync(findings.verdicts, kGoesOn,
+      const cudaError_t error = cudaMemsetAsync(findings.verdicts, kUnknown,
                                                 static_cast<size_t>(sizes.verdicts_bytes), stream);
       if (error != cudaSuccess) return error;
     }
+    const int threads = warps_per_block(a.base.vocab_size) * kWarp;
+    Task task = plan.early_exit ? Task::kDecide : Task::kDrawAll;
+    if (plan.early_exit && !a.filters()) {
+      const int n = plan.deciding_blocks;
+      cudaLaunchConfig_t decide = configure(a.base.batch_size * n, threads, stream);
+      decide.gridDim.y = static_cast<unsigned>(a.base.spec_length);
+      const cudaError_t error = launch_in_clusters(
+          decide_kernel<T>, decide, n, DecideShared::bytes(num_tiles(a.base.vocab_size), n), a, n,
+          findings.verdicts);
+      if (error != cudaSuccess) return error;
+      task = Task::kDrawEnds;
+    }
     const int blocks = plan.blocks_per_position, kept = plan.kept_tiles;
-    cudaLaunchConfig_t config =
-        configure(a.base.batch_size * blocks, warps_per_block(a.base.vocab_size) * kWarp, stream);
-    config.gridDim.y = static_cast<unsigned>(a.base.spec_length + 1);
+    cudaLaunchConfig_t config = configure(a.base.batch_size * blocks, threads, stream);
+    if (task != Task::kDrawEnds) {
+      config.gridDim.y = static_cast<unsigned>(a.base.spec_length + 1);
+    }
     const auto kernel = a.filters() ? positions_kernel<T, true> : positions_kernel<T, false>;
     const int64_t shared_bytes =
-        PositionShared::bytes(num_tiles(a.base.vocab_size), a.filters(), kept);
+        std::max(PositionShared::bytes(num_tiles(a.base.vocab_size), a.filters(), kept),
+                 plan.least_shared_bytes);
     const cudaError_t error = launch_in_clusters(kernel, config, blocks, shared_bytes, a, blocks,
-                                                 plan.early_exit, kept > 0, findings);
-    if (error != cudaSuccess || a.base.spec_length == 0) return error;
-    if (plan.early_exit) {
+                                                 task, kept > 0, findings);
+    if (error != cudaSuccess || a.base.spec_length == 0 || task == Task::kDrawEnds) return error;
+    if (task == Task::kDecide) {
       config.gridDim = dim3(static_cast<unsigned>(a.base.batch_size * plan.fused.blocks_per_row));
       return launch_in_clusters(draw_kernel<T>, config, plan.fused.blocks_per_row,
                                 exchange_bytes(a.base.vocab_size), a, plan.fused.blocks_per_row,
@@ -702,11 +968,10 @@ int plan_from_logits(const LogitsParams& a, Exchange exchange, int blocks, Logit
   plan->blocks_per_position = 0;
   plan->early_exit = false;
   plan->kept_tiles = 0;
+  plan->deciding_blocks = 0;
+  plan->least_shared_bytes = 0;
   if (plan->fused.exchange == Exchange::kCluster && !a.base.block_verification) {
     plan->blocks_per_position = blocks > 0 ? blocks : blocks_per_position(a, *device);
-    plan->kept_tiles =
-        tiles_to_keep(a.base.vocab_size, plan->blocks_per_position,
-                      warps_per_block(a.base.vocab_size), device->shared_bytes - cluster_bytes(a));
     // With all of them running at once there is no end to be found, and time to draw for nothing.
     const int64_t all = num_target_rows(a.base) * plan->blocks_per_position;
     plan->early_exit = a.base.spec_length > 0 && all > blocks_at_once(a, *device);
@@ -717,6 +982,18 @@ int plan_from_logits(const LogitsParams& a, Exchange exchange, int blocks, Logit
         drawing /= 2;
       }
     }
+    if (plan->early_exit && !a.filters()) {
+      plan->deciding_blocks = 1;
+      while (plan->deciding_blocks < kPortableCluster &&
+             2 * plan->deciding_blocks * a.base.batch_size <=
+                 kResidentBlocks * device->multiprocessors) {
+        plan->deciding_blocks *= 2;
+      }
+      if (blocks == 0) plan_draws(a, *device, plan);
+    }
+    plan->kept_tiles =
+        tiles_to_keep(a.base.vocab_size, plan->blocks_per_position,
+                      warps_per_block(a.base.vocab_size), device->shared_bytes - cluster_bytes(a));
   }
   plan->workspace_bytes = Workspace(a, *plan).bytes();
   return cudaSuccess;

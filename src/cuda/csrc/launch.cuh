@@ -34,11 +34,11 @@ bool is_alone(int blocks_per_row, int64_t vocab_size) {
   return blocks_per_row == 1 && exchange_bytes(vocab_size) <= kDefaultSharedBytes;
 }
 
-// Tiles whose weights a block keeps in `room` bytes: all that it sums where these are at most two a
-// warp, since then few requests are to be answered soon; else none.
+// Tiles whose weights a block keeps in `room` bytes: all that it sums where these are at most three
+// a warp, since then few requests are to be answered soon; else none.
 int tiles_to_keep(int64_t vocab_size, int blocks, int warps, int64_t room) {
   const int rounds = (num_tiles(vocab_size) + warps * blocks - 1) / (warps * blocks);
-  return rounds <= 2 && kept_bytes(rounds * warps) <= room ? rounds * warps : 0;
+  return rounds <= 3 && kept_bytes(rounds * warps) <= room ? rounds * warps : 0;
 }
 
 // Calls Action<T>::run(args...) for the element type of `dtype`.
@@ -74,14 +74,17 @@ struct Device {
   int large_clusters[kLargestCluster + 1];  // of n such blocks that run at once: a block there may
                                             // have a multiprocessor to itself
   int64_t shared_bytes;                     // that a kernel may ask for
-  int largest_cluster;  // 0: no clusters, or none in the code compiled for this card
+  int largest_cluster;        // 0: no clusters, or none in the code compiled for this card
+  int64_t half_shared_bytes;  // of which no two blocks fit a multiprocessor
+  int spread_clusters[kLargestCluster + 1];  // of n blocks that each want so much, at once
 };
 
-int clusters_at_once(const void* kernel, int size, int warps) {
+int clusters_at_once(const void* kernel, int size, int warps, int64_t shared_bytes) {
   cudaLaunchAttribute cluster = cluster_of(size);
   cudaLaunchConfig_t config = {};
   config.gridDim = dim3(static_cast<unsigned>(size));
   config.blockDim = dim3(static_cast<unsigned>(warps * kWarp));
+  config.dynamicSmemBytes = static_cast<size_t>(shared_bytes);
   config.attrs = &cluster;
   config.numAttrs = 1;
   int clusters = 0;
@@ -103,8 +106,9 @@ cudaError_t describe(const void* const (&kernels)[n], int ordinal, Device* devic
   cudaFuncAttributes attributes;
   if (error == cudaSuccess) error = cudaFuncGetAttributes(&attributes, kernels[0]);
   if (error != cudaSuccess) return error;
-  *device = {device->multiprocessors, attributes.maxThreadsPerBlock / kWarp, {}, 0, 0};
+  *device = {device->multiprocessors, attributes.maxThreadsPerBlock / kWarp, {}, 0, 0, 0, {}};
   device->shared_bytes = std::min(kMaxSharedBytes, most_shared - kStaticSharedBytes);
+  device->half_shared_bytes = most_shared / 2;
   // Code compiled for sm_80 runs on later cards too, but its cluster instructions are left out.
   if (major < 9 || attributes.binaryVersion < 90 || attributes.ptxVersion < 90) return cudaSuccess;
   device->largest_cluster = kLargestCluster;
@@ -114,13 +118,15 @@ cudaError_t describe(const void* const (&kernels)[n], int ordinal, Device* devic
     if (error != cudaSuccess) return error;
     if (cudaFuncSetAttribute(kernel, cudaFuncAttributeNonPortableClusterSizeAllowed, 1) !=
             cudaSuccess ||
-        clusters_at_once(kernel, kLargestCluster, kMaxWarps) == 0) {
+        clusters_at_once(kernel, kLargestCluster, kMaxWarps, 0) == 0) {
       cudaGetLastError();  // not an error: every card with clusters has the portable size
       device->largest_cluster = kPortableCluster;
     }
   }
   for (int size = 1; size <= device->largest_cluster; ++size) {
-    device->large_clusters[size] = clusters_at_once(kernels[0], size, device->most_warps);
+    device->large_clusters[size] = clusters_at_once(kernels[0], size, device->most_warps, 0);
+    device->spread_clusters[size] =
+        clusters_at_once(kernels[0], size, kMaxWarps, device->half_shared_bytes);
   }
   return cudaSuccess;
 }

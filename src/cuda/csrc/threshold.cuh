@@ -1,8 +1,8 @@
-// The search for a row's threshold by the blocks of a team: a cluster, or one block. All filters
-// keep the logits from some threshold on. Every block goes through its own tiles of the row, those
-// that the tiles' largest logits do not rule out, and tells the others what it finds; then all of
-// them know the threshold. All sums are of integers, so that neither the order nor the number of
-// blocks matters.
+// The search for a row's threshold by the blocks of a team: a cluster or half of it, or one block.
+// All filters keep the logits from some threshold on. Every block goes through its own tiles of the
+// row, those that the tiles' largest logits do not rule out, and tells the others what it finds;
+// then all of them know the threshold. All sums are of integers, so that neither the order nor the
+// number of blocks matters.
 #pragma once
 
 #include "from_logits.h"
@@ -24,6 +24,8 @@ __device__ __forceinline__ int block_lane() { return static_cast<int>(threadIdx.
 
 struct Team {
   int rank, blocks;
+  int first;          // its first block in the cluster
+  uint64_t* barrier;  // of every block, with as many arrivals as the team has blocks
 
   // One thread: stores into the same shared variable of every block.
   template <typename V>
@@ -31,18 +33,18 @@ struct Team {
     if (blocks == 1) {
       *shared = value;
     } else {
-      for (int block = 0; block < blocks; ++block) store_to_block(shared, block, value);
+      for (int block = 0; block < blocks; ++block) store_to_block(shared, first + block, value);
     }
   }
 
-  // All threads: what was told before is there after it.
-  __device__ __forceinline__ void meet() const {
-    if (blocks == 1) {
-      __syncthreads();
-    } else {
-      cluster_arrive();
-      cluster_wait();
+  // All threads: what was told before is there after it. `times`: how often the team has met.
+  __device__ __forceinline__ void meet(int times) const {
+    __syncthreads();
+    if (blocks == 1) return;
+    if (static_cast<int>(threadIdx.x) < blocks) {
+      arrive_at_block(barrier, first + static_cast<int>(threadIdx.x));
     }
+    wait_for_arrivals(barrier, times & 1);
   }
 };
 
@@ -228,7 +230,7 @@ struct ThresholdSearch {
         team.tell(&told.listed[team.rank][i], s.ranked[i]);
       }
     }
-    team.meet();
+    team.meet(exchange - 1);
     Finding all{0, 0xFFFFFFFFu, 0};
 #pragma unroll 1
     for (int block = 0; block < team.blocks; ++block) {
@@ -308,7 +310,7 @@ struct ThresholdSearch {
     for (int i = static_cast<int>(threadIdx.x); i < kBins; i += blockDim.x) {
       team.tell(&told.bins[team.rank][i], (uint64_t{s.high[i]} << 32) + s.low[i]);
     }
-    team.meet();
+    team.meet(exchange - 1);
     for (int i = static_cast<int>(threadIdx.x); i < kBins; i += blockDim.x) {
       uint64_t sum = 0;
 #pragma unroll 8
@@ -430,14 +432,14 @@ struct ThresholdSearch {
     return logit > kLeastFloat ? logit : kLeastFloat;
   }
 
-  __device__ __forceinline__ void keep_share(float top_p) {
-    // After top-k the share is of what that left, else of the row.
+  // The share is of the row, or of what top-k left of it.
+  __device__ __forceinline__ void keep_share(float top_p, bool is_ranked) {
     Goal goal{true, top_p, 0.0, 1, 0};
     // Below this a mass is 0.
     float floor = down_to(-log2f(unit) - 1.0f);
     if (threshold > floor) floor = threshold;
     const float massless = floor;
-    if (threshold == kNegativeInfinity) {
+    if (!is_ranked) {
       if (block_warp() == 0) {
         const double sum = warp_row_sum(stats, largest, scale, num_tiles(vocab_size), block_lane());
         if (threadIdx.x == 0) s.sum = sum;
@@ -500,7 +502,9 @@ struct Filters {
 
   __device__ bool any() const { return top_k > 0 || top_p < 1.0f || min_p > 0.0f; }
 
- private:
+  // Whether the search wants the tiles' sums, not only their largest logits.
+  __device__ bool want_sums() const { return top_p < 1.0f && top_k <= 0; }
+
   __device__ Filters() : top_k(0), top_p(1.0f), min_p(0.0f), scale(1.0f) {}
 };
 
@@ -516,7 +520,7 @@ __device__ __noinline__ float find_threshold(Search& s, Team team, Filters filte
   ThresholdSearch<T> search{
       s, team, x, stats, vocab_size, *exchange, largest, filters.scale, mass_unit(vocab_size)};
   if (filters.top_k > 0) search.keep_top(filters.top_k);
-  if (filters.top_p < 1.0f) search.keep_share(filters.top_p);
+  if (filters.top_p < 1.0f) search.keep_share(filters.top_p, filters.top_k > 0);
   if (filters.min_p > 0.0f) search.keep_near(filters.min_p);
   *exchange = search.exchange;
   return search.threshold;

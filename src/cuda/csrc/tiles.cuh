@@ -53,13 +53,16 @@ __device__ __forceinline__ float warp_max(float value) {
   return float_from_bits(static_cast<uint32_t>(most ^ (most >> 31 & 0x7FFFFFFF)));
 }
 
-// One warp: the statistics of a tile's logits that are kept, in every lane.
+// One warp: the statistics of a tile's logits that are kept, in every lane. The sum, unless
+// `is_summed`, is left at 0.
 template <typename T>
-__device__ __forceinline__ TileStats warp_tile_stats(RawTile<T> raw, float scale, float threshold) {
+__device__ __forceinline__ TileStats warp_tile_stats(RawTile<T> raw, float scale, float threshold,
+                                                     bool is_summed) {
   // What is below the threshold matters only where nothing reaches it.
   float largest = warp_max(largest_of(raw));
   if (!(largest >= threshold) || !(largest > kNegativeInfinity)) return {kNegativeInfinity, 0.0f};
   if (largest > kLargestFloat) largest = kLargestFloat;
+  if (!is_summed) return {largest, 0.0f};
   const float product = largest * scale, anchor = whole(product);
   const bool wide = is_wide(product), kept = threshold > kNegativeInfinity;
   float first = 0.0f, second = 0.0f;
@@ -93,7 +96,7 @@ __device__ __forceinline__ TileStats warp_tile_stats(const T* x, int tile, int v
                                                      float scale, float threshold, int lane) {
   RawTile<T> raw;
   load_tile(x, tile, vocab_size, kNegativeInfinityWord<T>, lane, raw);
-  return warp_tile_stats(raw, scale, threshold);
+  return warp_tile_stats(raw, scale, threshold, true);
 }
 
 // One warp: the largest logit of a row.

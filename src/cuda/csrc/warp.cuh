@@ -147,6 +147,44 @@ __device__ __forceinline__ void wait_for_bytes(uint64_t* pending) {
 #endif
 }
 
+// A barrier of several blocks, one such word in each block's shared memory: a phase ends with
+// `count` arrivals. One thread sets it, once, before its cluster_start.
+__device__ __forceinline__ void expect_arrivals(uint64_t* barrier, int count) {
+#if __CUDA_ARCH__ >= 900
+  const uint32_t here = static_cast<uint32_t>(__cvta_generic_to_shared(barrier));
+  asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;" ::"r"(here), "r"(count) : "memory");
+  asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
+#endif
+}
+
+// Publishes what this thread has stored or seen, to the block whose barrier it is.
+__device__ __forceinline__ void arrive_at_block(uint64_t* barrier, int rank) {
+#if __CUDA_ARCH__ >= 900
+  const uint32_t here = static_cast<uint32_t>(__cvta_generic_to_shared(barrier));
+  uint32_t there;
+  asm("mapa.shared::cluster.u32 %0, %1, %2;" : "=r"(there) : "r"(here), "r"(rank));
+  asm volatile("mbarrier.arrive.release.cluster.shared::cluster.b64 _, [%0];" ::"r"(there)
+               : "memory");
+#endif
+}
+
+// Waits for the end of a phase, the first of which has parity 0.
+__device__ __forceinline__ void wait_for_arrivals(uint64_t* barrier, int parity) {
+#if __CUDA_ARCH__ >= 900
+  const uint32_t here = static_cast<uint32_t>(__cvta_generic_to_shared(barrier));
+  uint32_t done = 0;
+  while (!done) {
+    asm volatile(
+        "{\n .reg .pred p;\n"
+        " mbarrier.try_wait.parity.acquire.cluster.shared::cta.b64 p, [%1], %2;\n"
+        " selp.u32 %0, 1, 0, p;\n}"
+        : "=r"(done)
+        : "r"(here), "r"(parity)
+        : "memory");
+  }
+#endif
+}
+
 // The next launch in the stream, if it was launched so, may start once every block has said this;
 // it has the memory that this launch wrote once wait_for_launch_before() returns.
 __device__ __forceinline__ void allow_next_launch() {
@@ -159,6 +197,8 @@ __device__ __forceinline__ void wait_for_launch_before() {
   asm volatile("griddepcontrol.wait;" ::: "memory");
 #endif
 }
+
+__device__ __forceinline__ void wait_a_little() { asm volatile("nanosleep.u32 64;" ::: "memory"); }
 
 __device__ __forceinline__ void prefetch_line(const void* line) {
   asm volatile("prefetch.global.L2 [%0];" ::"l"(line));
