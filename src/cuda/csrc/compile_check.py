@@ -22,7 +22,6 @@ FAST = (
     "fused_kernel",
     "logits_kernel",
     "positions_kernel",
-    "decide_kernel",
     "draw_kernel",
     "tile_stats_kernel",
     "block_kernel",

@@ -7,9 +7,9 @@
 // row's threshold and a second pass over what it keeps, and the fused kernel of warp.cuh, which
 // finishes the rows' sums, decides, and draws.
 #include "from_logits.h"
-#include "rough.cuh"
 #include "threshold.cuh"
 #include "tiles.cuh"
+#include "walk.cuh"
 #include "warp.cuh"
 
 #ifndef FR_EMULATION
@@ -160,9 +160,9 @@ __global__ void __launch_bounds__(kMaxWarps* kWarp, 1)
 // end find it when they start, and leave.
 
 enum class Task {
-  kDrawAll,   // at every position that would end its request
-  kDecide,    // verdicts, and what to draw from
-  kDrawEnds,  // a cluster a request: where the verdicts say that it ends
+  kDrawAll,  // at every position that would end its request
+  kDecide,   // verdicts, and what to draw from
+  kWalk,     // a cluster a request: goes along its drafts, and draws where they end
 };
 
 // What positions leave to the next launch, in global memory [B][K + 1]; null where K is 0.
@@ -174,7 +174,7 @@ struct Findings {
   TileStats* stats;    // [B][K + 1][tiles], of the target's rows
 };
 
-constexpr uint8_t kUnknown = 0, kGoesOn = 1, kEnds = 2;
+constexpr uint8_t kGoesOn = 0, kEnds = 1;
 
 struct DraftToken {
   int64_t id;
@@ -200,28 +200,30 @@ struct PositionSummaries {
 // A block's dynamic shared memory, which the cluster's others send into.
 struct PositionShared {
   uint64_t* pending;  // of statistics, of those of what filters keep, of TileSums (2), of is_over,
-                      // of thresholds
+                      // of thresholds, of a walk (2)
   uint64_t* barrier;  // of those who search for a threshold together
   float* is_over;     // whether the request has ended before this position
   float* thresholds;  // of the target's row, the draft's
   TileSums sums;
   TileStats* stats;  // [2][tiles]: the target's row, the draft's
   Search* search;    // where there are filters
-  float* kept;       // the weights of `slots` tiles
+  float* kept;       // the weights of `slots` tiles; before them, a walk's parts
 
-  static constexpr int kWords = 9;  // seven barriers, is_over, thresholds
+  static constexpr int kWalk = 6, kCounts = 8, kWords = kCounts + 3;
 
-  FR_HOST_DEVICE static constexpr int64_t bytes(int64_t tiles, bool filtered, int slots) {
+  FR_HOST_DEVICE static constexpr int64_t bytes(int64_t tiles, bool filtered, int slots,
+                                                int64_t parts_bytes = 0) {
     const int64_t exchanged = 2 * tiles * static_cast<int64_t>(sizeof(float) + sizeof(TileStats));
     return kWords * static_cast<int64_t>(sizeof(uint64_t)) + exchanged +
-           (filtered ? static_cast<int64_t>(sizeof(Search)) : 0) + kept_bytes(slots);
+           (filtered ? static_cast<int64_t>(sizeof(Search)) : 0) +
+           (kept_bytes(slots) > parts_bytes ? kept_bytes(slots) : parts_bytes);
   }
 
   __device__ PositionShared(uint64_t* shared, int tiles, bool filtered)
       : pending(shared),
-        barrier(shared + 6),
-        is_over(reinterpret_cast<float*>(shared + 7)),
-        thresholds(reinterpret_cast<float*>(shared + 8)),
+        barrier(shared + kCounts),
+        is_over(reinterpret_cast<float*>(shared + kCounts + 1)),
+        thresholds(reinterpret_cast<float*>(shared + kCounts + 2)),
         sums{reinterpret_cast<float*>(shared + kWords), shared + 2},
         stats(reinterpret_cast<TileStats*>(sums.sums + 2 * tiles)),
         search(reinterpret_cast<Search*>(stats + 2 * tiles)),
@@ -263,21 +265,13 @@ __device__ __forceinline__ bool warp_is_over(const volatile uint8_t* verdicts, u
   return false;
 }
 
-// One warp: the first position that ends a request, the end of its drafts at the latest; waits for
-// verdicts that are not there yet.
-__device__ __forceinline__ int64_t warp_first_end(const volatile uint8_t* verdicts, int64_t drafts,
+// One warp: the first position that ends a request, the end of its drafts at the latest.
+__device__ __forceinline__ int64_t warp_first_end(const uint8_t* verdicts, int64_t drafts,
                                                   int lane) {
-  for (int64_t first = 0;;) {
+  for (int64_t first = 0;; first += kWarp) {
     const int64_t k = first + lane;
-    const uint8_t verdict = k >= drafts ? kEnds : verdicts[k];
-    const unsigned stops = __ballot_sync(kAllLanes, verdict != kGoesOn);
-    if (!stops) {
-      first += kWarp;
-      continue;
-    }
-    const int stop = __ffs(stops) - 1;
-    if (__ballot_sync(kAllLanes, verdict == kEnds) >> stop & 1u) return first + stop;
-    wait_a_little();
+    const unsigned ends = __ballot_sync(kAllLanes, k >= drafts || verdicts[k] == kEnds);
+    if (ends) return first + __ffs(ends) - 1;
   }
 }
 
@@ -286,187 +280,19 @@ __device__ __forceinline__ int64_t warp_first_end(const volatile uint8_t* verdic
 template <typename T, bool filtered>
 constexpr int kResidentPositions = filtered || sizeof(T) == 4 ? 1 : kResidentBlocks;
 
-// A block's dynamic shared memory where it only decides.
-struct DecideShared {
-  uint64_t* pending;  // of parts
-  RoughSum* parts;    // [2][blocks * warps]: of the target's row, of the draft's
-  TileStats* stats;   // [2][tiles], for exact sums
-
-  FR_HOST_DEVICE static constexpr int64_t bytes(int64_t tiles, int blocks) {
-    return static_cast<int64_t>(sizeof(uint64_t)) +
-           2 * blocks * kMaxWarps * static_cast<int64_t>(sizeof(RoughSum)) +
-           2 * tiles * static_cast<int64_t>(sizeof(TileStats));
-  }
-
-  __device__ DecideShared(uint64_t* shared, int blocks)
-      : pending(shared),
-        parts(reinterpret_cast<RoughSum*>(shared + 1)),
-        stats(reinterpret_cast<TileStats*>(parts + 2 * blocks * kMaxWarps)) {}
-};
-
-// A cluster a draft, where nothing is filtered: its verdict, from rough sums wherever they suffice.
-template <typename T>
-__global__ void __launch_bounds__(kMaxWarps* kWarp, kResidentBlocks)
-    decide_kernel(const LogitsParams a, int blocks, uint8_t* verdicts) {
-  using Request = LogitsRequest<T, PositionSummaries>;
-  __shared__ RowSummary summaries[2];
-  __shared__ double log2_sums[2];  // of the target's row, of the draft's
-  __shared__ DraftToken draft;
-  __shared__ bool is_open;
-  FR_DYNAMIC_SHARED(uint64_t, shared);
-
-  wait_for_launch_before();
-  allow_next_launch();
-  const int lane = threadIdx.x % kWarp, warp = threadIdx.x / kWarp, warps = blockDim.x / kWarp;
-  const int rank = static_cast<int>(cluster_rank());
-  const unsigned b = cluster_index(), k = grid_row();
-  const unsigned spec_length = static_cast<unsigned>(a.base.spec_length);
-  const int vocab_size = static_cast<int>(a.base.vocab_size), tiles = num_tiles(vocab_size);
-  if (a.base.num_draft_tokens && static_cast<int>(k) >= a.base.num_draft_tokens[b]) return;
-  const T* x_p = static_cast<const T*>(a.base.target_probs) + b * a.base.target_row_stride +
-                 k * a.base.target_position_stride;
-  const bool greedy = a.is_greedy(b);
-  const int rows = num_draft_rows(a) > 0 && !greedy ? 2 : 1;
-  const T* x_q = rows == 2 ? static_cast<const T*>(a.base.draft_probs) +
-                                 b * a.base.draft_row_stride + k * a.base.draft_position_stride
-                           : nullptr;
-  const auto load = [&](int i, RawTile<T>& raw) {
-    if (i >= rows * tiles) return;
-    load_tile(i < tiles ? x_p : x_q, i < tiles ? i : i - tiles, vocab_size,
-              kNegativeInfinityWord<T>, lane, raw);
-  };
-  const int first = rank * warps + warp, step = warps * blocks;
-  RawTile<T> raw, next;
-  load(first, raw);
-  load(first + step, next);
-
-  const DecideShared at(shared, blocks);
-  const int parts = blocks * warps;
-  if (threadIdx.x == 0) expect_bytes(at.pending, rows * parts * static_cast<int>(sizeof(RoughSum)));
-  __syncwarp();
-  cluster_start();
-  uint8_t* const own_verdicts = verdicts + static_cast<int64_t>(b) * (spec_length + 1);
-  const float scale = a.scale(b);
-  const auto request = [&] { return Request(a, b, {summaries}); };
-  const int64_t id = request().id(k);
-  const bool in_vocab = request().in_vocab(id), finds_draft = rank == 0 && warp == warps - 1;
-  DraftToken found = {id, 0.0f, {}};  // on its way while the tiles are
-  if (finds_draft) {
-    found.values = request().values(k, id);
-    found.u = uniform(a.base, b, k);
-  }
-  float token_logit = 0.0f;
-  if (greedy && in_vocab) token_logit = static_cast<float>(read_argument(x_p + id));
-  // Once: to look again would be to wait for the tiles that were asked for before.
-  const bool over = warp_is_over(own_verdicts, k, lane);
-  __syncwarp();
-  cluster_wait();
-
-  RoughSum rough;
-  const auto send = [&](int row) {
-#pragma unroll
-    for (int d = 1; d < kWarp; d *= 2) rough.sum += __shfl_xor_sync(kAllLanes, rough.sum, d);
-    if (lane == 0) {
-      RoughSum& part = at.parts[row * parts + rank * warps + warp];
-      send_pair_to_block(&part.anchor, at.pending, 0, rough.anchor, rough.sum);
-    }
-  };
-  int sent = 0;
-  for (int i = first; i < rows * tiles && in_vocab && !over; i += step) {
-    if (i >= tiles && sent == 0) {
-      send(sent++);
-      rough = RoughSum{};
-    }
-    const RawTile<T> here = raw;
-    raw = next;
-    load(i + 2 * step, next);
-    if (greedy) {
-      count_before(here, lane, i * kTile, token_logit, id, rough);
-    } else {
-      warp_add_tile(here, scale, lane, rough);
-    }
-  }
-  while (sent < rows) {
-    if (over) rough = {kNegativeInfinity, lane == 0 ? kOver : 0.0f};
-    send(sent++);
-    rough = RoughSum{};
-  }
-  if (rank != 0) return;
-
-  if (finds_draft && lane == 0) draft = found;
-  __syncthreads();
-  if (warp == 0) {
-    wait_for_bytes(at.pending);
-    const GreedyCount count = warp_count(at.parts, parts, lane);
-    Verdict verdict = in_vocab ? Verdict::kOpen : Verdict::kRejected;
-    if (in_vocab && greedy) {
-      if (fabsf(token_logit) < kLargestFloat) {
-        verdict = count.any ? Verdict::kRejected : Verdict::kAccepted;
-      }
-    } else if (in_vocab && !count.is_over) {
-      const double log2_target = warp_rough_log2(at.parts, parts, lane);
-      double log2_draft = 0.0;
-      if (rows == 2) {
-        log2_draft = warp_rough_log2(at.parts + parts, parts, lane);
-      } else if (a.draft_logsumexp) {
-        log2_draft = a.draft_logsumexp[static_cast<int64_t>(b) * spec_length + k] * kLog2E;
-      }
-      verdict =
-          rough_verdict(draft.u, draft.values.target, draft.values.draft,
-                        a.draft_is_logits && a.base.draft_probs, scale, log2_target, log2_draft);
-    }
-    if (lane == 0) {
-      is_open = !count.is_over && verdict == Verdict::kOpen;
-      if (!count.is_over && !is_open) {
-        own_verdicts[k] = verdict == Verdict::kRejected ? kEnds : kGoesOn;
-      }
-    }
-  }
-  __syncthreads();
-  if (!is_open) return;
-
-  // One block: the exact sums, and of greedy requests the argmax.
-  for (int i = warp; i < rows * tiles; i += warps) {
-    load(i, raw);
-    const TileStats found = warp_tile_stats(raw, scale, kNegativeInfinity, !greedy);
-    if (lane == 0) at.stats[i] = found;
-  }
-  __syncthreads();
-  if (warp < rows) {
-    const RowSummary summary = warp_summarize(warp == 0 ? x_p : x_q, at.stats + warp * tiles, scale,
-                                              kNegativeInfinity, greedy, vocab_size, lane);
-    if (lane == 0) summaries[warp] = summary;
-  }
-  __syncthreads();
-  if (threadIdx.x == 0) {
-    RowSummary given;
-    Request decided = request();
-    if (a.draft_logsumexp) {
-      const double sum = a.draft_logsumexp[static_cast<int64_t>(b) * spec_length + k];
-      given = {sum, nullptr, 0.0f, kNegativeInfinity, -1};
-      decided.summaries.given = &given;
-    }
-    const bool accepted =
-        decided.accepts_values(k, draft.id, draft.values, [&] { return draft.u; });
-    own_verdicts[k] = accepted ? kGoesOn : kEnds;
-  }
-}
-
-template <typename T, bool filtered>
+template <typename T, Task task, bool filtered>
 __global__ void __launch_bounds__(kMaxWarps* kWarp, kResidentPositions<T, filtered>)
-    positions_kernel(const LogitsParams a, int blocks, Task task, bool keeps,
+    positions_kernel(const LogitsParams a, int blocks, int at_once, bool keeps,
                      Findings<T> findings) {
   using Request = LogitsRequest<T, PositionSummaries>;
   __shared__ RowSummary summaries[2], given;
   __shared__ DraftToken draft;
   __shared__ LogitsRow<T> row;
   __shared__ float recovery_uniform;
-  __shared__ unsigned end;
   __shared__ bool ends;
   FR_DYNAMIC_SHARED(uint64_t, shared);
 
-  // Where requests end is known one by one; that all of the launch before has ended, at the end.
-  if (task != Task::kDrawEnds) wait_for_launch_before();
+  wait_for_launch_before();
   const int lane = threadIdx.x % kWarp, warp = threadIdx.x / kWarp, warps = blockDim.x / kWarp;
   const int rank = static_cast<int>(cluster_rank());
   // 32 bits hold them, as the grid does, and take half the registers.
@@ -474,17 +300,20 @@ __global__ void __launch_bounds__(kMaxWarps* kWarp, kResidentPositions<T, filter
   int drafts = static_cast<int>(spec_length);
   if (a.base.num_draft_tokens)
     drafts = a.base.num_draft_tokens[b] < drafts ? a.base.num_draft_tokens[b] : drafts;
-  unsigned k = grid_row();
-  if (task == Task::kDrawEnds) {
-    if (warp == 0) {
-      const int64_t begin = static_cast<int64_t>(b) * (spec_length + 1);
-      const int64_t found = warp_first_end(findings.verdicts + begin, drafts, lane);
-      if (lane == 0) end = static_cast<unsigned>(found);
-    }
-    __syncthreads();
-    k = end;
-  }
   const int vocab_size = static_cast<int>(a.base.vocab_size), tiles = num_tiles(vocab_size);
+  const PositionShared at(shared, tiles, filtered);
+  if (threadIdx.x == 0) {
+    for (int i = 0; i < PositionShared::kCounts; ++i) start_count(at.pending + i);
+  }
+  unsigned k = grid_row();
+  if constexpr (task == Task::kWalk) {
+    __syncwarp();
+    cluster_start();
+    cluster_wait();
+    const Walk walk{rank, blocks, at_once, at.pending + PositionShared::kWalk,
+                    reinterpret_cast<RoughSum*>(at.kept)};
+    k = static_cast<unsigned>(walk_drafts<T, PositionSummaries>(a, b, drafts, walk, at.stats));
+  }
   const int first = rank * warps + warp, step = warps * blocks;
   const T* x_p = static_cast<const T*>(a.base.target_probs) + b * a.base.target_row_stride +
                  k * a.base.target_position_stride;
@@ -506,23 +335,20 @@ __global__ void __launch_bounds__(kMaxWarps* kWarp, kResidentPositions<T, filter
   const float scale = a.scale(b);
   const int rows = num_draft_rows(a) > 0 && !greedy && !is_last ? 2 : 1;
   if (first >= tiles && first < rows * tiles) load(first, raw);
-  const PositionShared at(shared, tiles, filtered);
   // Half of the cluster searches in each of two rows, where it can be halved.
   const bool halved = filtered && rows == 2 && blocks % 2 == 0;
   const int team_size = halved ? blocks / 2 : blocks;
   if (threadIdx.x == 0) {
-    for (int pass = 0; pass < (filtered ? 2 : 1); ++pass) {
-      expect_bytes(at.pending + pass, rows * tiles * static_cast<int>(sizeof(TileStats)));
+    for (int pass = 0; pass < 2; ++pass) {
+      expect_more(at.pending + pass, rows * tiles * static_cast<int>(sizeof(TileStats)));
+      expect_more(at.sums.pending + pass, tiles * static_cast<int>(sizeof(float)));
     }
-    expect_sums(at.sums, tiles);
-    expect_bytes(at.pending + 4, static_cast<int>(sizeof(float)));
-    if (filtered) {
-      expect_bytes(at.pending + 5, rows * static_cast<int>(sizeof(float)));
-      expect_arrivals(at.barrier, team_size);
-    }
+    expect_more(at.pending + 4, static_cast<int>(sizeof(float)));
+    expect_more(at.pending + 5, rows * static_cast<int>(sizeof(float)));
+    if (filtered) expect_arrivals(at.barrier, team_size);
   }
   __syncwarp();
-  cluster_start();
+  if (task != Task::kWalk) cluster_start();
   float is_over = 0.0f;
   if (task == Task::kDecide && rank == 0 && warp == 0) {
     const int64_t begin = static_cast<int64_t>(b) * (spec_length + 1);
@@ -542,7 +368,7 @@ __global__ void __launch_bounds__(kMaxWarps* kWarp, kResidentPositions<T, filter
       recovery_uniform = u;
       if (!is_last) {
         const int64_t id = request().id(k);
-        if (task == Task::kDrawEnds) {
+        if (task == Task::kWalk) {
           draft.id = id;
         } else {
           const float own = uniform(a.base, b, k);  // while the id is on its way
@@ -556,7 +382,7 @@ __global__ void __launch_bounds__(kMaxWarps* kWarp, kResidentPositions<T, filter
     }
   }
   __syncwarp();
-  cluster_wait();
+  if (task != Task::kWalk) cluster_wait();
   if (task == Task::kDecide) {  // one block looks, so that all leave together
     if (rank == 0 && warp == 0 && lane < blocks) {
       send_to_block(at.is_over, at.pending + 4, lane, is_over);
@@ -634,9 +460,9 @@ __global__ void __launch_bounds__(kMaxWarps* kWarp, kResidentPositions<T, filter
     if (threadIdx.x == kWarp) {
       row = decided.row(k, is_last ? kPlaceholderTokenId : draft.id);
     } else {
-      ends = is_last || task == Task::kDrawEnds ||
+      ends = is_last || task == Task::kWalk ||
              !decided.accepts_values(k, draft.id, draft.values, [&] { return draft.u; });
-      if (rank == 0 && findings.verdicts && task != Task::kDrawEnds) {
+      if (rank == 0 && findings.verdicts) {
         findings.verdicts[static_cast<int64_t>(b) * (spec_length + 1) + k] = ends ? kEnds : kGoesOn;
       }
       if (rank == 0 && a.logsumexp) a.logsumexp[b] = summaries[0].logsumexp;
@@ -660,7 +486,6 @@ __global__ void __launch_bounds__(kMaxWarps* kWarp, kResidentPositions<T, filter
   draw_token<Step::kInCluster>(row, vocab_size, recovery_uniform, rank, blocks, at.sums,
                                PositionOutput<T>{a.base, findings.tokens, b, k},
                                keeps ? at.kept : nullptr);
-  if (task == Task::kDrawEnds) wait_for_launch_before();
 }
 
 // A warp a request: what it ends with at the first position that does.
@@ -728,20 +553,23 @@ namespace fused_rejection {
 namespace {
 
 const void* const kLogitsKernels[] = {
-    reinterpret_cast<const void*>(&positions_kernel<BFloat16, false>),
-    reinterpret_cast<const void*>(&positions_kernel<float, false>),
-    reinterpret_cast<const void*>(&positions_kernel<Float16, false>),
-    reinterpret_cast<const void*>(&positions_kernel<float, true>),
-    reinterpret_cast<const void*>(&positions_kernel<BFloat16, true>),
-    reinterpret_cast<const void*>(&positions_kernel<Float16, true>),
-    reinterpret_cast<const void*>(&decide_kernel<float>),
-    reinterpret_cast<const void*>(&decide_kernel<BFloat16>),
-    reinterpret_cast<const void*>(&decide_kernel<Float16>),
-    reinterpret_cast<const void*>(&draw_kernel<float>),
+    reinterpret_cast<const void*>(&positions_kernel<BFloat16, Task::kDrawAll, false>),
+    reinterpret_cast<const void*>(&positions_kernel<float, Task::kDrawAll, false>),
+    reinterpret_cast<const void*>(&positions_kernel<Float16, Task::kDrawAll, false>),
+    reinterpret_cast<const void*>(&positions_kernel<BFloat16, Task::kWalk, false>),
+    reinterpret_cast<const void*>(&positions_kernel<float, Task::kWalk, false>),
+    reinterpret_cast<const void*>(&positions_kernel<Float16, Task::kWalk, false>),
+    reinterpret_cast<const void*>(&positions_kernel<BFloat16, Task::kDrawAll, true>),
+    reinterpret_cast<const void*>(&positions_kernel<float, Task::kDrawAll, true>),
+    reinterpret_cast<const void*>(&positions_kernel<Float16, Task::kDrawAll, true>),
+    reinterpret_cast<const void*>(&positions_kernel<BFloat16, Task::kDecide, true>),
+    reinterpret_cast<const void*>(&positions_kernel<float, Task::kDecide, true>),
+    reinterpret_cast<const void*>(&positions_kernel<Float16, Task::kDecide, true>),
     reinterpret_cast<const void*>(&draw_kernel<BFloat16>),
+    reinterpret_cast<const void*>(&draw_kernel<float>),
     reinterpret_cast<const void*>(&draw_kernel<Float16>),
-    reinterpret_cast<const void*>(&logits_kernel<float, Step::kInCluster, true>),
     reinterpret_cast<const void*>(&logits_kernel<BFloat16, Step::kInCluster, true>),
+    reinterpret_cast<const void*>(&logits_kernel<float, Step::kInCluster, true>),
     reinterpret_cast<const void*>(&logits_kernel<Float16, Step::kInCluster, true>),
 };
 
@@ -769,28 +597,33 @@ int blocks_per_position(const LogitsParams& a, const Device& device) {
   return blocks;
 }
 
-// How the launch that draws where requests end shares them out: as many blocks a request as run at
-// once for all. Clusters are packed on few multiprocessors unless no two of their blocks fit one,
-// so that is asked for, unless two on each make many more.
-void plan_draws(const LogitsParams& a, const Device& device, LogitsPlan* plan) {
+// A walk: as many blocks a request as run at once for all. Clusters are packed on few
+// multiprocessors unless no two of their blocks fit one, so that is asked for, unless two on each
+// make many more. A step has about four tiles for each warp.
+void plan_walk(const LogitsParams& a, const Device& device, int blocks, LogitsPlan* plan) {
   const auto most = [&](const int (&at_once)[kLargestCluster + 1]) {
-    int n = device.largest_cluster;
-    while (n > 2 &&
-           (at_once[n] < a.base.batch_size || (n > kPortableCluster && n < kLargestCluster))) {
-      --n;
+    if (device.largest_cluster == kLargestCluster &&
+        at_once[kLargestCluster] >= a.base.batch_size) {
+      return kLargestCluster;
     }
+    int n = kPortableCluster;
+    while (n > 2 && at_once[n] < a.base.batch_size) --n;
     return n;
   };
   const int spread = most(device.spread_clusters);
   const int packed = has_one_block_a_multiprocessor(a)
                          ? 0
                          : std::min(most(device.large_clusters), kPortableCluster);
-  const bool is_spread = 4 * spread >= 3 * packed;
-  plan->blocks_per_position = is_spread ? spread : packed;
+  const bool is_spread = blocks == 0 && 4 * spread >= 3 * packed;
+  plan->way = LogitsWay::kWalk;
+  plan->blocks_per_position = blocks > 0 ? blocks : is_spread ? spread : packed;
   plan->least_shared_bytes = is_spread ? device.half_shared_bytes : 0;
+  const int warps = warps_per_block(a.base.vocab_size), tiles = num_tiles(a.base.vocab_size);
+  const int wanted = (4 * plan->blocks_per_position * warps + tiles / 2) / tiles;
+  plan->at_once = std::max(1, std::min({wanted, kMostAtOnce, warps}));
 }
 
-// The workspace: tile statistics, then thresholds and tile sums; or Findings.
+// The workspace: tile statistics, then thresholds and tile sums; or Findings; or nothing.
 struct Workspace {
   int64_t stats_bytes = 0, thresholds_bytes = 0, sums_bytes = 0;
   int64_t rows_bytes = 0, tokens_bytes = 0, verdicts_bytes = 0;
@@ -798,22 +631,26 @@ struct Workspace {
   Workspace(const LogitsParams& a, const LogitsPlan& plan) {
     const int64_t targets = num_target_rows(a.base), rows = targets + num_draft_rows(a);
     const int64_t tiles = num_tiles(a.base.vocab_size);
-    if (plan.blocks_per_position > 0) {
-      if (a.base.spec_length == 0) return;  // the token goes to the outputs
-      if (!plan.early_exit) {
+    switch (plan.way) {
+      case LogitsWay::kWalk:
+        return;
+      case LogitsWay::kAtOnce:
+        if (a.base.spec_length == 0) return;  // the token goes to the outputs
         tokens_bytes = targets * static_cast<int64_t>(sizeof(int32_t));
-      } else if (a.filters()) {
+        verdicts_bytes = targets;
+        return;
+      case LogitsWay::kEarlyExit:
         stats_bytes = targets * tiles * static_cast<int64_t>(sizeof(TileStats));
         rows_bytes = targets * static_cast<int64_t>(sizeof(LogitsRow<float>));
-      }
-      verdicts_bytes = targets;
-      return;
+        verdicts_bytes = targets;
+        return;
+      case LogitsWay::kAllRows:
+        stats_bytes = rows * tiles * static_cast<int64_t>(sizeof(TileStats));
+        thresholds_bytes = a.filters() ? (rows + 1) / 2 * 8 : 0;
+        sums_bytes = plan.fused.exchange == Exchange::kWorkspace
+                         ? a.base.batch_size * tiles * static_cast<int64_t>(sizeof(float))
+                         : 0;
     }
-    stats_bytes = rows * tiles * static_cast<int64_t>(sizeof(TileStats));
-    thresholds_bytes = a.filters() ? (rows + 1) / 2 * 8 : 0;
-    sums_bytes = plan.fused.exchange == Exchange::kWorkspace
-                     ? a.base.batch_size * tiles * static_cast<int64_t>(sizeof(float))
-                     : 0;
   }
 
   int64_t bytes() const {
@@ -838,60 +675,49 @@ template <typename T>
 struct LaunchLogits {
   static cudaError_t run(const LogitsParams& a, const LogitsPlan& plan, char* workspace,
                          cudaStream_t stream) {
-    return plan.blocks_per_position > 0 ? by_positions(a, plan, workspace, stream)
-                                        : by_rows(a, plan, workspace, stream);
+    switch (plan.way) {
+      case LogitsWay::kWalk:
+        return by_positions(a, plan, positions_kernel<T, Task::kWalk, false>, Findings<T>{},
+                            stream);
+      case LogitsWay::kAtOnce:
+        return at_once(a, plan, workspace, stream);
+      case LogitsWay::kEarlyExit:
+        return early_exit(a, plan, workspace, stream);
+      case LogitsWay::kAllRows:
+        return by_rows(a, plan, workspace, stream);
+    }
+    return cudaErrorInvalidValue;
   }
 
  private:
-  static cudaError_t by_positions(const LogitsParams& a, const LogitsPlan& plan, char* workspace,
-                                  cudaStream_t stream) {
-    const Workspace sizes(a, plan);
-    Findings<T> findings = {};
-    if (a.base.spec_length > 0) {
-      char* at = workspace;
-      if (!plan.early_exit) {
-        findings.tokens = reinterpret_cast<int32_t*>(at);
-      } else if (a.filters()) {
-        findings.stats = reinterpret_cast<TileStats*>(at);
-        findings.rows = reinterpret_cast<LogitsRow<T>*>(at + sizes.stats_bytes);
-      }
-      findings.verdicts = reinterpret_cast<uint8_t*>(at + sizes.bytes() - sizes.verdicts_bytes);
-    }
-    if (plan.early_exit) {
-      const cudaError_t error = cudaMemsetAsync(findings.verdicts, kUnknown,
-                                                static_cast<size_t>(sizes.verdicts_bytes), stream);
-      if (error != cudaSuccess) return error;
-    }
-    const int threads = warps_per_block(a.base.vocab_size) * kWarp;
-    Task task = plan.early_exit ? Task::kDecide : Task::kDrawAll;
-    if (plan.early_exit && !a.filters()) {
-      const int n = plan.deciding_blocks;
-      cudaLaunchConfig_t decide = configure(a.base.batch_size * n, threads, stream);
-      decide.gridDim.y = static_cast<unsigned>(a.base.spec_length);
-      const cudaError_t error = launch_in_clusters(
-          decide_kernel<T>, decide, n, DecideShared::bytes(num_tiles(a.base.vocab_size), n), a, n,
-          findings.verdicts);
-      if (error != cudaSuccess) return error;
-      task = Task::kDrawEnds;
-    }
-    const int blocks = plan.blocks_per_position, kept = plan.kept_tiles;
-    cudaLaunchConfig_t config = configure(a.base.batch_size * blocks, threads, stream);
-    if (task != Task::kDrawEnds) {
+  template <typename Kernel>
+  static cudaError_t by_positions(const LogitsParams& a, const LogitsPlan& plan, Kernel kernel,
+                                  const Findings<T>& findings, cudaStream_t stream) {
+    const int blocks = plan.blocks_per_position;
+    cudaLaunchConfig_t config =
+        configure(a.base.batch_size * blocks, warps_per_block(a.base.vocab_size) * kWarp, stream);
+    if (plan.way != LogitsWay::kWalk) {
       config.gridDim.y = static_cast<unsigned>(a.base.spec_length + 1);
     }
-    const auto kernel = a.filters() ? positions_kernel<T, true> : positions_kernel<T, false>;
     const int64_t shared_bytes =
-        std::max(PositionShared::bytes(num_tiles(a.base.vocab_size), a.filters(), kept),
+        std::max(PositionShared::bytes(num_tiles(a.base.vocab_size), a.filters(), plan.kept_tiles,
+                                       Walk::parts_bytes(plan.at_once, blocks)),
                  plan.least_shared_bytes);
-    const cudaError_t error = launch_in_clusters(kernel, config, blocks, shared_bytes, a, blocks,
-                                                 task, kept > 0, findings);
-    if (error != cudaSuccess || a.base.spec_length == 0 || task == Task::kDrawEnds) return error;
-    if (task == Task::kDecide) {
-      config.gridDim = dim3(static_cast<unsigned>(a.base.batch_size * plan.fused.blocks_per_row));
-      return launch_in_clusters(draw_kernel<T>, config, plan.fused.blocks_per_row,
-                                exchange_bytes(a.base.vocab_size), a, plan.fused.blocks_per_row,
-                                findings);
+    return launch_in_clusters(kernel, config, blocks, shared_bytes, a, blocks, plan.at_once,
+                              plan.kept_tiles > 0, findings);
+  }
+
+  static cudaError_t at_once(const LogitsParams& a, const LogitsPlan& plan, char* workspace,
+                             cudaStream_t stream) {
+    Findings<T> findings = {};
+    if (a.base.spec_length > 0) {
+      findings.tokens = reinterpret_cast<int32_t*>(workspace);
+      findings.verdicts = reinterpret_cast<uint8_t*>(workspace + Workspace(a, plan).tokens_bytes);
     }
+    const auto kernel = a.filters() ? positions_kernel<T, Task::kDrawAll, true>
+                                    : positions_kernel<T, Task::kDrawAll, false>;
+    const cudaError_t error = by_positions(a, plan, kernel, findings, stream);
+    if (error != cudaSuccess || a.base.spec_length == 0) return error;
     constexpr int requests = 4;  // a block
     cudaLaunchConfig_t finish =
         configure((a.base.batch_size + requests - 1) / requests, requests * kWarp, stream);
@@ -901,6 +727,27 @@ struct LaunchLogits {
     return cudaLaunchKernelEx(&finish, finish_kernel, a,
                               static_cast<const uint8_t*>(findings.verdicts),
                               static_cast<const int32_t*>(findings.tokens));
+  }
+
+  static cudaError_t early_exit(const LogitsParams& a, const LogitsPlan& plan, char* workspace,
+                                cudaStream_t stream) {
+    const Workspace sizes(a, plan);
+    Findings<T> findings = {};
+    findings.stats = reinterpret_cast<TileStats*>(workspace);
+    findings.rows = reinterpret_cast<LogitsRow<T>*>(workspace + sizes.stats_bytes);
+    findings.verdicts =
+        reinterpret_cast<uint8_t*>(workspace + sizes.stats_bytes + sizes.rows_bytes);
+    cudaError_t error = cudaMemsetAsync(findings.verdicts, kGoesOn,
+                                        static_cast<size_t>(sizes.verdicts_bytes), stream);
+    if (error == cudaSuccess) {
+      error = by_positions(a, plan, positions_kernel<T, Task::kDecide, true>, findings, stream);
+    }
+    if (error != cudaSuccess) return error;
+    const int n = plan.fused.blocks_per_row;
+    const cudaLaunchConfig_t config =
+        configure(a.base.batch_size * n, warps_per_block(a.base.vocab_size) * kWarp, stream);
+    return launch_in_clusters(draw_kernel<T>, config, n, exchange_bytes(a.base.vocab_size), a, n,
+                              findings);
   }
 
   static cudaError_t by_rows(const LogitsParams& a, const LogitsPlan& logits_plan, char* workspace,
@@ -965,31 +812,23 @@ int plan_from_logits(const LogitsParams& a, Exchange exchange, int blocks, Logit
                         blocks, &plan->fused);
   }
   if (error != cudaSuccess) return error;
-  plan->blocks_per_position = 0;
-  plan->early_exit = false;
-  plan->kept_tiles = 0;
-  plan->deciding_blocks = 0;
-  plan->least_shared_bytes = 0;
+  *plan = {plan->fused, LogitsWay::kAllRows};
   if (plan->fused.exchange == Exchange::kCluster && !a.base.block_verification) {
+    plan->way = LogitsWay::kAtOnce;
     plan->blocks_per_position = blocks > 0 ? blocks : blocks_per_position(a, *device);
-    // With all of them running at once there is no end to be found, and time to draw for nothing.
     const int64_t all = num_target_rows(a.base) * plan->blocks_per_position;
-    plan->early_exit = a.base.spec_length > 0 && all > blocks_at_once(a, *device);
-    if (blocks == 0) {
-      int& drawing = plan->fused.blocks_per_row;
-      drawing = kPortableCluster;
-      while (drawing > 2 && a.base.batch_size * drawing > 2 * device->multiprocessors) {
-        drawing /= 2;
+    if (a.base.spec_length > 0 && all > blocks_at_once(a, *device)) {
+      if (a.filters()) {
+        plan->way = LogitsWay::kEarlyExit;
+        int& drawing = plan->fused.blocks_per_row;
+        if (blocks == 0) drawing = kPortableCluster;
+        while (blocks == 0 && drawing > 2 &&
+               a.base.batch_size * drawing > 2 * device->multiprocessors) {
+          drawing /= 2;
+        }
+      } else {
+        plan_walk(a, *device, blocks, plan);
       }
-    }
-    if (plan->early_exit && !a.filters()) {
-      plan->deciding_blocks = 1;
-      while (plan->deciding_blocks < kPortableCluster &&
-             2 * plan->deciding_blocks * a.base.batch_size <=
-                 kResidentBlocks * device->multiprocessors) {
-        plan->deciding_blocks *= 2;
-      }
-      if (blocks == 0) plan_draws(a, *device, plan);
     }
     plan->kept_tiles =
         tiles_to_keep(a.base.vocab_size, plan->blocks_per_position,

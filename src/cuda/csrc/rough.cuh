@@ -30,9 +30,8 @@ __device__ __forceinline__ float exp2_approximate(float t) {
 // rows that want more care. Of a greedy request the sum counts what comes before the draft token.
 struct RoughSum {
   float anchor = kNegativeInfinity;  // in octaves; -inf before the first logit that is above it
-  float sum = 0.0f;                  // kOver where the request was seen to have ended before
+  float sum = 0.0f;
 };
-constexpr float kOver = -1.0f;
 
 // The elements of a lane's share of a tile, with their places from the tile's first on.
 template <typename T, typename F>
@@ -70,8 +69,8 @@ __device__ __forceinline__ void warp_add_tile(const RawTile<T>& raw, float scale
 // One lane: counts the logits of a tile that come before a token in the order of greedy choice.
 template <typename T>
 __device__ __forceinline__ void count_before(const RawTile<T>& raw, int lane, int first,
-                                             float token_logit, int64_t token, RoughSum& rough) {
-  const int place = static_cast<int>(token) - first;
+                                             float token_logit, int token, RoughSum& rough) {
+  const int place = token - first;
   float count = 0.0f;
   each_element(raw, lane, [&](float x, int i) {
     if (x > token_logit || (x == token_logit && i < place)) count += 1.0f;
@@ -95,18 +94,11 @@ __device__ __forceinline__ double warp_rough_log2(const RoughSum* parts, int cou
   return is_known ? anchor + log2_portable(sum) : static_cast<double>(NAN);
 }
 
-// One warp: whether the request had ended before, as one of the parts says, and the parts' count of
-// logits before a greedy request's draft token.
-struct GreedyCount {
-  bool is_over, any;
-};
-__device__ __forceinline__ GreedyCount warp_count(const RoughSum* parts, int count, int lane) {
-  bool over = false, any = false;
-  for (int i = lane; i < count; i += kWarp) {
-    over |= parts[i].sum == kOver;
-    any |= parts[i].sum > 0.0f;
-  }
-  return {__ballot_sync(kAllLanes, over) != 0, __ballot_sync(kAllLanes, any) != 0};
+// One warp: whether any of the parts of a greedy request's row counted something.
+__device__ __forceinline__ bool warp_any(const RoughSum* parts, int count, int lane) {
+  bool any = false;
+  for (int i = lane; i < count; i += kWarp) any |= parts[i].sum > 0.0f;
+  return __ballot_sync(kAllLanes, any) != 0;
 }
 
 enum class Verdict { kAccepted, kRejected, kOpen };
