@@ -108,35 +108,26 @@ void run_logits(const LogitsParams& a, int kernel, int n, bool early_exit, unsig
     std::vector<uint8_t> verdicts(targets, early_exit ? kGoesOn : 0xFF);
     const bool keeps = seed % 2 == 0;
     Findings<T> findings = {};
-    Task task = Task::kDrawAll;
-    if (a.base.spec_length > 0 && early_exit) task = a.filters() ? Task::kDecide : Task::kWalk;
-    if (a.base.spec_length > 0 && task != Task::kWalk) {
+    if (a.base.spec_length > 0) {
       findings.verdicts = verdicts.data();
-      findings.tokens = early_exit ? nullptr : tokens.data();
-      findings.rows = early_exit ? drawn_from.data() : nullptr;
-      findings.stats = early_exit ? kept_stats.data() : nullptr;
+      if (early_exit) {
+        findings.rows = drawn_from.data();
+        findings.stats = kept_stats.data();
+      } else {
+        findings.tokens = tokens.data();
+      }
     }
     const int kept = keeps ? (tiles + warps * n - 1) / (warps * n) * warps : 0;
-    const int at_once = std::min(1 + static_cast<int>(seed % 3), warps);
-    const auto positions = [&] {
-      switch (task) {
-        case Task::kWalk:
-          return positions_kernel<T, Task::kWalk, false>(a, n, at_once, keeps, findings);
-        case Task::kDecide:
-          return positions_kernel<T, Task::kDecide, true>(a, n, at_once, keeps, findings);
-        case Task::kDrawAll:
-          return a.filters()
-                     ? positions_kernel<T, Task::kDrawAll, true>(a, n, at_once, keeps, findings)
-                     : positions_kernel<T, Task::kDrawAll, false>(a, n, at_once, keeps, findings);
-      }
+    const auto decide = [&] {
+      a.filters() ? positions_kernel<T, true>(a, n, early_exit, keeps, findings)
+                  : positions_kernel<T, false>(a, n, early_exit, keeps, findings);
     };
-    const size_t shared =
-        PositionShared::bytes(tiles, a.filters(), kept, Walk::parts_bytes(at_once, n)) /
-        sizeof(float);
-    const int count = task == Task::kWalk ? 1 : static_cast<int>(a.base.spec_length) + 1;
-    emulation::launch(static_cast<int>(batch_size) * n, threads, n, shared, positions, seed, count);
-    if (a.base.spec_length == 0 || task == Task::kWalk) return;
-    if (task == Task::kDecide) {
+    const size_t shared = PositionShared::bytes(tiles, a.filters(), kept) / sizeof(float);
+    const int positions = static_cast<int>(a.base.spec_length) + 1;
+    emulation::launch(static_cast<int>(batch_size) * n, threads, n, shared, decide, seed,
+                      positions);
+    if (a.base.spec_length == 0) return;
+    if (early_exit) {
       const auto draw = [&] { draw_kernel<T>(a, n, findings); };
       emulation::launch(static_cast<int>(batch_size) * n, threads, n, exchange_floats(tiles), draw,
                         seed);

@@ -279,41 +279,22 @@ void store_to_block(V* shared, int rank, V value) {
   std::memcpy(&all[rank].at(offset), &value, sizeof value);
 }
 
-// A count of bytes: a phase's number in the upper half; below it whether the phase still lacks its
-// expect_more, and how many bytes, less than 0 where they came before it.
-inline void add_bytes(uint64_t* pending, int32_t bytes, uint64_t expected) {
-  std::atomic_ref there(*pending);
-  uint64_t old = there, next;
-  do {
-    const int32_t left = (static_cast<int32_t>(static_cast<uint32_t>(old) << 1) >> 1) + bytes;
-    const uint64_t lacks = (old >> 31 & 1) - expected;
-    next = left == 0 && lacks == 0
-               ? ((old >> 32) + 1) << 32 | uint64_t{1} << 31
-               : old >> 32 << 32 | lacks << 31 | (static_cast<uint32_t>(left) & 0x7FFFFFFFu);
-  } while (!there.compare_exchange_weak(old, next));
-}
-inline void start_count(uint64_t* pending) { *pending = uint64_t{1} << 31; }
-inline void expect_more(uint64_t* pending, int bytes) { add_bytes(pending, bytes, 1); }
-inline void expect_bytes(uint64_t* pending, int bytes) {
-  start_count(pending);
-  expect_more(pending, bytes);
-}
 // A value counts only once it is stored, which happens in the order that threads are given turns.
+inline void expect_bytes(uint64_t* pending, int bytes) { *pending = bytes; }
 inline void send_to_block(float* shared, uint64_t* pending, int rank, float value) {
   store_to_block(shared, rank, value);
   auto& all = emulation::block().cluster->shared;
   const auto offset = reinterpret_cast<float*>(pending) - all[emulation::block().rank].data();
-  add_bytes(reinterpret_cast<uint64_t*>(&all[rank].at(offset)), -4, 0);
+  std::atomic_ref(*reinterpret_cast<uint64_t*>(&all[rank].at(offset))) -= sizeof value;
 }
 inline void send_pair_to_block(float* shared, uint64_t* pending, int rank, float first,
                                float second) {
   send_to_block(shared, pending, rank, first);
   send_to_block(shared + 1, pending, rank, second);
 }
-inline void wait_for_bytes(uint64_t* pending, int parity = 0) {
-  while (static_cast<int>(std::atomic_ref(*pending) >> 32 & 1) == parity) emulation::yield();
+inline void wait_for_bytes(uint64_t* pending) {
+  while (std::atomic_ref(*pending) != 0) emulation::yield();
 }
-
 // A phase's number, the arrivals that it is to have, and those that it still lacks.
 inline void expect_arrivals(uint64_t* barrier, int count) {
   *barrier = static_cast<uint64_t>(count) << 16 | static_cast<uint64_t>(count);

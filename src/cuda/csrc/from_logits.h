@@ -489,19 +489,15 @@ FR_HOST_DEVICE constexpr int64_t num_draft_rows(const LogitsParams& a) {
   return needed ? a.base.batch_size * a.base.spec_length : 0;
 }
 
-// How rows are verified: all before anything is decided; or in clusters every position at once, or
-// first positions first, so that later ones find an end before they read; or in one cluster a
-// request, which goes along its drafts and reads no further than it must.
-enum class LogitsWay { kAllRows, kAtOnce, kEarlyExit, kWalk };
-
 struct LogitsPlan {
   Plan fused;
-  LogitsWay way;
-  int blocks_per_position;     // in clusters, or of a request that walks
-  int at_once;                 // positions of a walk's step
-  int kept_tiles;              // tiles whose weights a block keeps in shared memory
-  int64_t least_shared_bytes;  // that a block asks for
-  int64_t workspace_bytes;     // uninitialised device memory that launch_from_logits wants
+  // In clusters, but for block verification: how many blocks share a position's rows, and whether
+  // later positions look for an end before they read, and a launch of its own draws. 0: all rows in
+  // a launch before.
+  int blocks_per_position;
+  bool early_exit;
+  int kept_tiles;           // tiles whose weights a block of a position keeps in shared memory
+  int64_t workspace_bytes;  // uninitialised device memory that launch_from_logits wants
 };
 
 // As plan_fused; `blocks`: of a position in clusters, else of a request.

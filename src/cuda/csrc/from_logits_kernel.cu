@@ -1,15 +1,13 @@
-// The CUDA kernels on logits. In clusters two launches. Where a cluster for every position runs at
-// once, positions_kernel reads the positions' rows, decides whether the request would end there,
-// and draws, and finish_kernel takes the first position that ends each request. Else decide_kernel,
-// a block a position, gives the verdicts, and positions_kernel draws where each request ends; with
-// filters positions_kernel gives the verdicts and draw_kernel draws. For block verification, and on
-// cards without clusters: a pass over all rows (a warp a tile), with filters a search for each
-// row's threshold and a second pass over what it keeps, and the fused kernel of warp.cuh, which
-// finishes the rows' sums, decides, and draws.
+// The CUDA kernels on logits. In clusters two launches: positions_kernel, a cluster a position,
+// reads its rows and decides whether the request would end there. Where all clusters run at once
+// they also draw, and finish_kernel takes the first position that ends each request; else
+// draw_kernel draws there, a cluster a request. For block verification, and on cards without
+// clusters: a pass over all rows (a warp a tile), with filters a search for each row's threshold
+// and a second pass over what it keeps, and the fused kernel of warp.cuh, which finishes the rows'
+// sums, decides, and draws.
 #include "from_logits.h"
 #include "threshold.cuh"
 #include "tiles.cuh"
-#include "walk.cuh"
 #include "warp.cuh"
 
 #ifndef FR_EMULATION
@@ -152,25 +150,19 @@ __global__ void __launch_bounds__(kMaxWarps* kWarp, 1)
   }
 }
 
-// ---- In clusters. A position has a cluster of blocks: they share out the tiles of its target row,
-// and of its draft row where that is needed, tell one another the tiles' statistics, and then each
-// knows whether the request would end here, and what it would draw. Where such clusters for all
-// positions run at once, all draw, from rows that they have just read; if a position before it ends
-// the request too, for nothing. Else there are verdicts first, by position: those behind a known
-// end find it when they start, and leave.
-
-enum class Task {
-  kDrawAll,  // at every position that would end its request
-  kDecide,   // verdicts, and what to draw from
-  kWalk,     // a cluster a request: goes along its drafts, and draws where they end
-};
+// ---- In clusters. Every position of every request has a cluster of blocks: they share out the
+// tiles of its target row, and of its draft row where that is needed, tell one another the tiles'
+// statistics, and then each knows whether the request would end here. First positions come first,
+// so that where not all blocks run at once, those behind a known end find it when they start, and
+// leave. Where all do, they draw at once, from rows that they have just read; if a position before
+// it ends the request too, for nothing.
 
 // What positions leave to the next launch, in global memory [B][K + 1]; null where K is 0.
 template <typename T>
 struct Findings {
   uint8_t* verdicts;   // kGoesOn or kEnds
-  int32_t* tokens;     // of kDrawAll: drawn where the position would end its request
-  LogitsRow<T>* rows;  // of kDecide: what to draw from there
+  int32_t* tokens;     // drawn where the position would end its request, or, where null:
+  LogitsRow<T>* rows;  // what to draw from there
   TileStats* stats;    // [B][K + 1][tiles], of the target's rows
 };
 
@@ -200,23 +192,21 @@ struct PositionSummaries {
 // A block's dynamic shared memory, which the cluster's others send into.
 struct PositionShared {
   uint64_t* pending;  // of statistics, of those of what filters keep, of TileSums (2), of is_over,
-                      // of thresholds, of a walk (2)
+                      // of thresholds
   uint64_t* barrier;  // of those who search for a threshold together
   float* is_over;     // whether the request has ended before this position
   float* thresholds;  // of the target's row, the draft's
   TileSums sums;
   TileStats* stats;  // [2][tiles]: the target's row, the draft's
   Search* search;    // where there are filters
-  float* kept;       // the weights of `slots` tiles; before them, a walk's parts
+  float* kept;       // the weights of `slots` tiles
 
-  static constexpr int kWalk = 6, kCounts = 8, kWords = kCounts + 3;
+  static constexpr int kCounts = 6, kWords = kCounts + 3;
 
-  FR_HOST_DEVICE static constexpr int64_t bytes(int64_t tiles, bool filtered, int slots,
-                                                int64_t parts_bytes = 0) {
+  FR_HOST_DEVICE static constexpr int64_t bytes(int64_t tiles, bool filtered, int slots) {
     const int64_t exchanged = 2 * tiles * static_cast<int64_t>(sizeof(float) + sizeof(TileStats));
     return kWords * static_cast<int64_t>(sizeof(uint64_t)) + exchanged +
-           (filtered ? static_cast<int64_t>(sizeof(Search)) : 0) +
-           (kept_bytes(slots) > parts_bytes ? kept_bytes(slots) : parts_bytes);
+           (filtered ? static_cast<int64_t>(sizeof(Search)) : 0) + kept_bytes(slots);
   }
 
   __device__ PositionShared(uint64_t* shared, int tiles, bool filtered)
@@ -230,25 +220,20 @@ struct PositionShared {
         kept(reinterpret_cast<float*>(search + (filtered ? 1 : 0))) {}
 };
 
-// A position's token goes to the findings, or where those have no place for it to the outputs: it
-// then ends its request.
-template <typename T>
+// A position's token goes to the findings, or to the outputs of a request without drafts.
 struct PositionOutput {
   const Params& a;
   int32_t* tokens;
   unsigned b, k;
 
-  // One warp: all but the drawn token.
-  __device__ __forceinline__ void store_decision(int lane) const {
-    if (tokens) return;
-    const Request<T> request(a, b);
-    RequestOutput<Request<T>>{request, k}.store_decision(lane);
-  }
+  __device__ __forceinline__ void store_decision(int) const {}
   __device__ __forceinline__ void store_token(int id) const {
     if (tokens) {
       tokens[static_cast<int64_t>(b) * (a.spec_length + 1) + k] = id;
+    } else if (a.ids_are_int64) {
+      static_cast<int64_t*>(a.token_ids)[b] = id;
     } else {
-      Request<T>(a, b).store(k, id);
+      static_cast<int32_t*>(a.token_ids)[b] = id;
     }
   }
 };
@@ -265,24 +250,14 @@ __device__ __forceinline__ bool warp_is_over(const volatile uint8_t* verdicts, u
   return false;
 }
 
-// One warp: the first position that ends a request, the end of its drafts at the latest.
-__device__ __forceinline__ int64_t warp_first_end(const uint8_t* verdicts, int64_t drafts,
-                                                  int lane) {
-  for (int64_t first = 0;; first += kWarp) {
-    const int64_t k = first + lane;
-    const unsigned ends = __ballot_sync(kAllLanes, k >= drafts || verdicts[k] == kEnds);
-    if (ends) return first + __ffs(ends) - 1;
-  }
-}
-
 // How many blocks a multiprocessor has registers for. The search for thresholds wants many, and so
 // do float32 logits.
 template <typename T, bool filtered>
 constexpr int kResidentPositions = filtered || sizeof(T) == 4 ? 1 : kResidentBlocks;
 
-template <typename T, Task task, bool filtered>
+template <typename T, bool filtered>
 __global__ void __launch_bounds__(kMaxWarps* kWarp, kResidentPositions<T, filtered>)
-    positions_kernel(const LogitsParams a, int blocks, int at_once, bool keeps,
+    positions_kernel(const LogitsParams a, int blocks, bool early_exit, bool keeps,
                      Findings<T> findings) {
   using Request = LogitsRequest<T, PositionSummaries>;
   __shared__ RowSummary summaries[2], given;
@@ -296,24 +271,9 @@ __global__ void __launch_bounds__(kMaxWarps* kWarp, kResidentPositions<T, filter
   const int lane = threadIdx.x % kWarp, warp = threadIdx.x / kWarp, warps = blockDim.x / kWarp;
   const int rank = static_cast<int>(cluster_rank());
   // 32 bits hold them, as the grid does, and take half the registers.
-  const unsigned b = cluster_index(), spec_length = static_cast<unsigned>(a.base.spec_length);
-  int drafts = static_cast<int>(spec_length);
-  if (a.base.num_draft_tokens)
-    drafts = a.base.num_draft_tokens[b] < drafts ? a.base.num_draft_tokens[b] : drafts;
+  const unsigned b = cluster_index(), k = grid_row();
+  const unsigned spec_length = static_cast<unsigned>(a.base.spec_length);
   const int vocab_size = static_cast<int>(a.base.vocab_size), tiles = num_tiles(vocab_size);
-  const PositionShared at(shared, tiles, filtered);
-  if (threadIdx.x == 0) {
-    for (int i = 0; i < PositionShared::kCounts; ++i) start_count(at.pending + i);
-  }
-  unsigned k = grid_row();
-  if constexpr (task == Task::kWalk) {
-    __syncwarp();
-    cluster_start();
-    cluster_wait();
-    const Walk walk{rank, blocks, at_once, at.pending + PositionShared::kWalk,
-                    reinterpret_cast<RoughSum*>(at.kept)};
-    k = static_cast<unsigned>(walk_drafts<T, PositionSummaries>(a, b, drafts, walk, at.stats));
-  }
   const int first = rank * warps + warp, step = warps * blocks;
   const T* x_p = static_cast<const T*>(a.base.target_probs) + b * a.base.target_row_stride +
                  k * a.base.target_position_stride;
@@ -326,6 +286,9 @@ __global__ void __launch_bounds__(kMaxWarps* kWarp, kResidentPositions<T, filter
   if (first < tiles) load(first, raw);
 
   allow_next_launch();
+  int drafts = static_cast<int>(spec_length);
+  if (a.base.num_draft_tokens)
+    drafts = a.base.num_draft_tokens[b] < drafts ? a.base.num_draft_tokens[b] : drafts;
   const bool is_last = static_cast<int>(k) >= drafts, greedy = a.is_greedy(b);
   if (k > 0 && static_cast<int>(k) > drafts) return;
   if (!is_last && a.base.draft_probs) {
@@ -335,22 +298,25 @@ __global__ void __launch_bounds__(kMaxWarps* kWarp, kResidentPositions<T, filter
   const float scale = a.scale(b);
   const int rows = num_draft_rows(a) > 0 && !greedy && !is_last ? 2 : 1;
   if (first >= tiles && first < rows * tiles) load(first, raw);
+  const PositionShared at(shared, tiles, filtered);
   // Half of the cluster searches in each of two rows, where it can be halved.
   const bool halved = filtered && rows == 2 && blocks % 2 == 0;
   const int team_size = halved ? blocks / 2 : blocks;
   if (threadIdx.x == 0) {
-    for (int pass = 0; pass < 2; ++pass) {
-      expect_more(at.pending + pass, rows * tiles * static_cast<int>(sizeof(TileStats)));
-      expect_more(at.sums.pending + pass, tiles * static_cast<int>(sizeof(float)));
+    for (int pass = 0; pass < (filtered ? 2 : 1); ++pass) {
+      expect_bytes(at.pending + pass, rows * tiles * static_cast<int>(sizeof(TileStats)));
     }
-    expect_more(at.pending + 4, static_cast<int>(sizeof(float)));
-    expect_more(at.pending + 5, rows * static_cast<int>(sizeof(float)));
-    if (filtered) expect_arrivals(at.barrier, team_size);
+    expect_sums(at.sums, tiles);
+    expect_bytes(at.pending + 4, static_cast<int>(sizeof(float)));
+    if (filtered) {
+      expect_bytes(at.pending + 5, rows * static_cast<int>(sizeof(float)));
+      expect_arrivals(at.barrier, team_size);
+    }
   }
   __syncwarp();
-  if (task != Task::kWalk) cluster_start();
+  cluster_start();
   float is_over = 0.0f;
-  if (task == Task::kDecide && rank == 0 && warp == 0) {
+  if (early_exit && rank == 0 && warp == 0) {
     const int64_t begin = static_cast<int64_t>(b) * (spec_length + 1);
     is_over = warp_is_over(findings.verdicts + begin, k, lane) ? 1.0f : 0.0f;
   }
@@ -368,12 +334,8 @@ __global__ void __launch_bounds__(kMaxWarps* kWarp, kResidentPositions<T, filter
       recovery_uniform = u;
       if (!is_last) {
         const int64_t id = request().id(k);
-        if (task == Task::kWalk) {
-          draft.id = id;
-        } else {
-          const float own = uniform(a.base, b, k);  // while the id is on its way
-          draft = {id, own, request().values(k, id)};
-        }
+        const float own = uniform(a.base, b, k);  // while the id is on its way
+        draft = {id, own, request().values(k, id)};
         if (a.draft_logsumexp) {
           const double sum = a.draft_logsumexp[static_cast<int64_t>(b) * spec_length + k];
           given = {sum, nullptr, 0.0f, kNegativeInfinity, -1};
@@ -382,8 +344,8 @@ __global__ void __launch_bounds__(kMaxWarps* kWarp, kResidentPositions<T, filter
     }
   }
   __syncwarp();
-  if (task != Task::kWalk) cluster_wait();
-  if (task == Task::kDecide) {  // one block looks, so that all leave together
+  cluster_wait();
+  if (early_exit) {  // one block looks, so that all leave together
     if (rank == 0 && warp == 0 && lane < blocks) {
       send_to_block(at.is_over, at.pending + 4, lane, is_over);
     }
@@ -391,7 +353,7 @@ __global__ void __launch_bounds__(kMaxWarps* kWarp, kResidentPositions<T, filter
     if (*at.is_over > 0.0f) return;
   }
   // Where all blocks run at once the card has time for rows that only a rejection reads.
-  const bool ahead = task != Task::kDecide && rows == 1 && x_q;
+  const bool ahead = !early_exit && rows == 1 && x_q;
   const Filters filters = filtered ? Filters(a, b) : Filters();
   const bool sums_first = !greedy && (!filters.any() || filters.want_sums());
   for (int i = first; i < rows * tiles; i += step) {
@@ -460,12 +422,14 @@ __global__ void __launch_bounds__(kMaxWarps* kWarp, kResidentPositions<T, filter
     if (threadIdx.x == kWarp) {
       row = decided.row(k, is_last ? kPlaceholderTokenId : draft.id);
     } else {
-      ends = is_last || task == Task::kWalk ||
-             !decided.accepts_values(k, draft.id, draft.values, [&] { return draft.u; });
+      ends = is_last || !decided.accepts_values(k, draft.id, draft.values, [&] { return draft.u; });
       if (rank == 0 && findings.verdicts) {
         findings.verdicts[static_cast<int64_t>(b) * (spec_length + 1) + k] = ends ? kEnds : kGoesOn;
       }
-      if (rank == 0 && a.logsumexp) a.logsumexp[b] = summaries[0].logsumexp;
+      if (rank == 0 && a.logsumexp) {
+        a.logsumexp[b] = summaries[0].logsumexp;
+        a.base.num_accepted[b] = 0;
+      }
     }
   }
   __syncthreads();
@@ -484,8 +448,18 @@ __global__ void __launch_bounds__(kMaxWarps* kWarp, kResidentPositions<T, filter
     return;
   }
   draw_token<Step::kInCluster>(row, vocab_size, recovery_uniform, rank, blocks, at.sums,
-                               PositionOutput<T>{a.base, findings.tokens, b, k},
+                               PositionOutput{a.base, findings.tokens, b, k},
                                keeps ? at.kept : nullptr);
+}
+
+// One warp: the first position that ends a request, the end of its drafts at the latest.
+__device__ __forceinline__ int64_t warp_first_end(const uint8_t* verdicts, int64_t drafts,
+                                                  int lane) {
+  for (int64_t first = 0;; first += kWarp) {
+    const int64_t k = first + lane;
+    const unsigned ends = __ballot_sync(kAllLanes, k >= drafts || verdicts[k] == kEnds);
+    if (ends) return first + __ffs(ends) - 1;
+  }
 }
 
 // A warp a request: what it ends with at the first position that does.
@@ -553,23 +527,17 @@ namespace fused_rejection {
 namespace {
 
 const void* const kLogitsKernels[] = {
-    reinterpret_cast<const void*>(&positions_kernel<BFloat16, Task::kDrawAll, false>),
-    reinterpret_cast<const void*>(&positions_kernel<float, Task::kDrawAll, false>),
-    reinterpret_cast<const void*>(&positions_kernel<Float16, Task::kDrawAll, false>),
-    reinterpret_cast<const void*>(&positions_kernel<BFloat16, Task::kWalk, false>),
-    reinterpret_cast<const void*>(&positions_kernel<float, Task::kWalk, false>),
-    reinterpret_cast<const void*>(&positions_kernel<Float16, Task::kWalk, false>),
-    reinterpret_cast<const void*>(&positions_kernel<BFloat16, Task::kDrawAll, true>),
-    reinterpret_cast<const void*>(&positions_kernel<float, Task::kDrawAll, true>),
-    reinterpret_cast<const void*>(&positions_kernel<Float16, Task::kDrawAll, true>),
-    reinterpret_cast<const void*>(&positions_kernel<BFloat16, Task::kDecide, true>),
-    reinterpret_cast<const void*>(&positions_kernel<float, Task::kDecide, true>),
-    reinterpret_cast<const void*>(&positions_kernel<Float16, Task::kDecide, true>),
-    reinterpret_cast<const void*>(&draw_kernel<BFloat16>),
+    reinterpret_cast<const void*>(&positions_kernel<BFloat16, false>),
+    reinterpret_cast<const void*>(&positions_kernel<float, false>),
+    reinterpret_cast<const void*>(&positions_kernel<Float16, false>),
+    reinterpret_cast<const void*>(&positions_kernel<float, true>),
+    reinterpret_cast<const void*>(&positions_kernel<BFloat16, true>),
+    reinterpret_cast<const void*>(&positions_kernel<Float16, true>),
     reinterpret_cast<const void*>(&draw_kernel<float>),
+    reinterpret_cast<const void*>(&draw_kernel<BFloat16>),
     reinterpret_cast<const void*>(&draw_kernel<Float16>),
-    reinterpret_cast<const void*>(&logits_kernel<BFloat16, Step::kInCluster, true>),
     reinterpret_cast<const void*>(&logits_kernel<float, Step::kInCluster, true>),
+    reinterpret_cast<const void*>(&logits_kernel<BFloat16, Step::kInCluster, true>),
     reinterpret_cast<const void*>(&logits_kernel<Float16, Step::kInCluster, true>),
 };
 
@@ -597,33 +565,16 @@ int blocks_per_position(const LogitsParams& a, const Device& device) {
   return blocks;
 }
 
-// A walk: as many blocks a request as run at once for all. Clusters are packed on few
-// multiprocessors unless no two of their blocks fit one, so that is asked for, unless two on each
-// make many more. A step has about four tiles for each warp.
-void plan_walk(const LogitsParams& a, const Device& device, int blocks, LogitsPlan* plan) {
-  const auto most = [&](const int (&at_once)[kLargestCluster + 1]) {
-    if (device.largest_cluster == kLargestCluster &&
-        at_once[kLargestCluster] >= a.base.batch_size) {
-      return kLargestCluster;
-    }
-    int n = kPortableCluster;
-    while (n > 2 && at_once[n] < a.base.batch_size) --n;
-    return n;
-  };
-  const int spread = most(device.spread_clusters);
-  const int packed = has_one_block_a_multiprocessor(a)
-                         ? 0
-                         : std::min(most(device.large_clusters), kPortableCluster);
-  const bool is_spread = blocks == 0 && 4 * spread >= 3 * packed;
-  plan->way = LogitsWay::kWalk;
-  plan->blocks_per_position = blocks > 0 ? blocks : is_spread ? spread : packed;
-  plan->least_shared_bytes = is_spread ? device.half_shared_bytes : 0;
-  const int warps = warps_per_block(a.base.vocab_size), tiles = num_tiles(a.base.vocab_size);
-  const int wanted = (4 * plan->blocks_per_position * warps + tiles / 2) / tiles;
-  plan->at_once = std::max(1, std::min({wanted, kMostAtOnce, warps}));
+// Blocks of draw_kernel a request: as many as run at once for all.
+int drawing_blocks(const LogitsParams& a, const Device& device) {
+  const auto& at_once =
+      a.base.dtype == Dtype::kFloat32 ? device.spread_clusters : device.large_clusters;
+  int blocks = kPortableCluster;
+  while (blocks > 2 && at_once[blocks] < a.base.batch_size) --blocks;
+  return blocks;
 }
 
-// The workspace: tile statistics, then thresholds and tile sums; or Findings; or nothing.
+// The workspace: tile statistics, then thresholds and tile sums; or Findings.
 struct Workspace {
   int64_t stats_bytes = 0, thresholds_bytes = 0, sums_bytes = 0;
   int64_t rows_bytes = 0, tokens_bytes = 0, verdicts_bytes = 0;
@@ -631,26 +582,22 @@ struct Workspace {
   Workspace(const LogitsParams& a, const LogitsPlan& plan) {
     const int64_t targets = num_target_rows(a.base), rows = targets + num_draft_rows(a);
     const int64_t tiles = num_tiles(a.base.vocab_size);
-    switch (plan.way) {
-      case LogitsWay::kWalk:
-        return;
-      case LogitsWay::kAtOnce:
-        if (a.base.spec_length == 0) return;  // the token goes to the outputs
-        tokens_bytes = targets * static_cast<int64_t>(sizeof(int32_t));
-        verdicts_bytes = targets;
-        return;
-      case LogitsWay::kEarlyExit:
+    if (plan.blocks_per_position > 0) {
+      if (a.base.spec_length == 0) return;  // the token goes to the outputs
+      if (plan.early_exit) {
         stats_bytes = targets * tiles * static_cast<int64_t>(sizeof(TileStats));
         rows_bytes = targets * static_cast<int64_t>(sizeof(LogitsRow<float>));
-        verdicts_bytes = targets;
-        return;
-      case LogitsWay::kAllRows:
-        stats_bytes = rows * tiles * static_cast<int64_t>(sizeof(TileStats));
-        thresholds_bytes = a.filters() ? (rows + 1) / 2 * 8 : 0;
-        sums_bytes = plan.fused.exchange == Exchange::kWorkspace
-                         ? a.base.batch_size * tiles * static_cast<int64_t>(sizeof(float))
-                         : 0;
+      } else {
+        tokens_bytes = targets * static_cast<int64_t>(sizeof(int32_t));
+      }
+      verdicts_bytes = targets;
+      return;
     }
+    stats_bytes = rows * tiles * static_cast<int64_t>(sizeof(TileStats));
+    thresholds_bytes = a.filters() ? (rows + 1) / 2 * 8 : 0;
+    sums_bytes = plan.fused.exchange == Exchange::kWorkspace
+                     ? a.base.batch_size * tiles * static_cast<int64_t>(sizeof(float))
+                     : 0;
   }
 
   int64_t bytes() const {
@@ -675,49 +622,46 @@ template <typename T>
 struct LaunchLogits {
   static cudaError_t run(const LogitsParams& a, const LogitsPlan& plan, char* workspace,
                          cudaStream_t stream) {
-    switch (plan.way) {
-      case LogitsWay::kWalk:
-        return by_positions(a, plan, positions_kernel<T, Task::kWalk, false>, Findings<T>{},
-                            stream);
-      case LogitsWay::kAtOnce:
-        return at_once(a, plan, workspace, stream);
-      case LogitsWay::kEarlyExit:
-        return early_exit(a, plan, workspace, stream);
-      case LogitsWay::kAllRows:
-        return by_rows(a, plan, workspace, stream);
-    }
-    return cudaErrorInvalidValue;
+    return plan.blocks_per_position > 0 ? by_positions(a, plan, workspace, stream)
+                                        : by_rows(a, plan, workspace, stream);
   }
 
  private:
-  template <typename Kernel>
-  static cudaError_t by_positions(const LogitsParams& a, const LogitsPlan& plan, Kernel kernel,
-                                  const Findings<T>& findings, cudaStream_t stream) {
-    const int blocks = plan.blocks_per_position;
-    cudaLaunchConfig_t config =
-        configure(a.base.batch_size * blocks, warps_per_block(a.base.vocab_size) * kWarp, stream);
-    if (plan.way != LogitsWay::kWalk) {
-      config.gridDim.y = static_cast<unsigned>(a.base.spec_length + 1);
-    }
-    const int64_t shared_bytes =
-        std::max(PositionShared::bytes(num_tiles(a.base.vocab_size), a.filters(), plan.kept_tiles,
-                                       Walk::parts_bytes(plan.at_once, blocks)),
-                 plan.least_shared_bytes);
-    return launch_in_clusters(kernel, config, blocks, shared_bytes, a, blocks, plan.at_once,
-                              plan.kept_tiles > 0, findings);
-  }
-
-  static cudaError_t at_once(const LogitsParams& a, const LogitsPlan& plan, char* workspace,
-                             cudaStream_t stream) {
+  static cudaError_t by_positions(const LogitsParams& a, const LogitsPlan& plan, char* workspace,
+                                  cudaStream_t stream) {
+    const Workspace sizes(a, plan);
     Findings<T> findings = {};
     if (a.base.spec_length > 0) {
-      findings.tokens = reinterpret_cast<int32_t*>(workspace);
-      findings.verdicts = reinterpret_cast<uint8_t*>(workspace + Workspace(a, plan).tokens_bytes);
+      char* at = workspace;
+      if (plan.early_exit) {
+        findings.stats = reinterpret_cast<TileStats*>(at);
+        findings.rows = reinterpret_cast<LogitsRow<T>*>(at + sizes.stats_bytes);
+      } else {
+        findings.tokens = reinterpret_cast<int32_t*>(at);
+      }
+      findings.verdicts = reinterpret_cast<uint8_t*>(at + sizes.bytes() - sizes.verdicts_bytes);
     }
-    const auto kernel = a.filters() ? positions_kernel<T, Task::kDrawAll, true>
-                                    : positions_kernel<T, Task::kDrawAll, false>;
-    const cudaError_t error = by_positions(a, plan, kernel, findings, stream);
+    if (plan.early_exit) {
+      const cudaError_t error = cudaMemsetAsync(findings.verdicts, kGoesOn,
+                                                static_cast<size_t>(sizes.verdicts_bytes), stream);
+      if (error != cudaSuccess) return error;
+    }
+    const int blocks = plan.blocks_per_position, kept = plan.kept_tiles;
+    cudaLaunchConfig_t config =
+        configure(a.base.batch_size * blocks, warps_per_block(a.base.vocab_size) * kWarp, stream);
+    config.gridDim.y = static_cast<unsigned>(a.base.spec_length + 1);
+    const auto kernel = a.filters() ? positions_kernel<T, true> : positions_kernel<T, false>;
+    const int64_t shared_bytes =
+        PositionShared::bytes(num_tiles(a.base.vocab_size), a.filters(), kept);
+    const cudaError_t error = launch_in_clusters(kernel, config, blocks, shared_bytes, a, blocks,
+                                                 plan.early_exit, kept > 0, findings);
     if (error != cudaSuccess || a.base.spec_length == 0) return error;
+    if (plan.early_exit) {
+      config.gridDim = dim3(static_cast<unsigned>(a.base.batch_size * plan.fused.blocks_per_row));
+      return launch_in_clusters(draw_kernel<T>, config, plan.fused.blocks_per_row,
+                                exchange_bytes(a.base.vocab_size), a, plan.fused.blocks_per_row,
+                                findings);
+    }
     constexpr int requests = 4;  // a block
     cudaLaunchConfig_t finish =
         configure((a.base.batch_size + requests - 1) / requests, requests * kWarp, stream);
@@ -727,27 +671,6 @@ struct LaunchLogits {
     return cudaLaunchKernelEx(&finish, finish_kernel, a,
                               static_cast<const uint8_t*>(findings.verdicts),
                               static_cast<const int32_t*>(findings.tokens));
-  }
-
-  static cudaError_t early_exit(const LogitsParams& a, const LogitsPlan& plan, char* workspace,
-                                cudaStream_t stream) {
-    const Workspace sizes(a, plan);
-    Findings<T> findings = {};
-    findings.stats = reinterpret_cast<TileStats*>(workspace);
-    findings.rows = reinterpret_cast<LogitsRow<T>*>(workspace + sizes.stats_bytes);
-    findings.verdicts =
-        reinterpret_cast<uint8_t*>(workspace + sizes.stats_bytes + sizes.rows_bytes);
-    cudaError_t error = cudaMemsetAsync(findings.verdicts, kGoesOn,
-                                        static_cast<size_t>(sizes.verdicts_bytes), stream);
-    if (error == cudaSuccess) {
-      error = by_positions(a, plan, positions_kernel<T, Task::kDecide, true>, findings, stream);
-    }
-    if (error != cudaSuccess) return error;
-    const int n = plan.fused.blocks_per_row;
-    const cudaLaunchConfig_t config =
-        configure(a.base.batch_size * n, warps_per_block(a.base.vocab_size) * kWarp, stream);
-    return launch_in_clusters(draw_kernel<T>, config, n, exchange_bytes(a.base.vocab_size), a, n,
-                              findings);
   }
 
   static cudaError_t by_rows(const LogitsParams& a, const LogitsPlan& logits_plan, char* workspace,
@@ -812,27 +735,18 @@ int plan_from_logits(const LogitsParams& a, Exchange exchange, int blocks, Logit
                         blocks, &plan->fused);
   }
   if (error != cudaSuccess) return error;
-  *plan = {plan->fused, LogitsWay::kAllRows};
+  plan->blocks_per_position = 0;
+  plan->early_exit = false;
+  plan->kept_tiles = 0;
   if (plan->fused.exchange == Exchange::kCluster && !a.base.block_verification) {
-    plan->way = LogitsWay::kAtOnce;
     plan->blocks_per_position = blocks > 0 ? blocks : blocks_per_position(a, *device);
-    const int64_t all = num_target_rows(a.base) * plan->blocks_per_position;
-    if (a.base.spec_length > 0 && all > blocks_at_once(a, *device)) {
-      if (a.filters()) {
-        plan->way = LogitsWay::kEarlyExit;
-        int& drawing = plan->fused.blocks_per_row;
-        if (blocks == 0) drawing = kPortableCluster;
-        while (blocks == 0 && drawing > 2 &&
-               a.base.batch_size * drawing > 2 * device->multiprocessors) {
-          drawing /= 2;
-        }
-      } else {
-        plan_walk(a, *device, blocks, plan);
-      }
-    }
     plan->kept_tiles =
         tiles_to_keep(a.base.vocab_size, plan->blocks_per_position,
                       warps_per_block(a.base.vocab_size), device->shared_bytes - cluster_bytes(a));
+    // With all of them running at once there is no end to be found, and time to draw for nothing.
+    const int64_t all = num_target_rows(a.base) * plan->blocks_per_position;
+    plan->early_exit = a.base.spec_length > 0 && all > blocks_at_once(a, *device);
+    if (blocks == 0) plan->fused.blocks_per_row = drawing_blocks(a, *device);
   }
   plan->workspace_bytes = Workspace(a, *plan).bytes();
   return cudaSuccess;

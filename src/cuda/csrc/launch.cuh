@@ -34,11 +34,11 @@ bool is_alone(int blocks_per_row, int64_t vocab_size) {
   return blocks_per_row == 1 && exchange_bytes(vocab_size) <= kDefaultSharedBytes;
 }
 
-// Tiles whose weights a block keeps in `room` bytes: all that it sums where these are at most three
-// a warp, since then few requests are to be answered soon; else none.
+// Tiles whose weights a block keeps in `room` bytes: all that it sums where these are at most two a
+// warp, since then few requests are to be answered soon; else none.
 int tiles_to_keep(int64_t vocab_size, int blocks, int warps, int64_t room) {
   const int rounds = (num_tiles(vocab_size) + warps * blocks - 1) / (warps * blocks);
-  return rounds <= 3 && kept_bytes(rounds * warps) <= room ? rounds * warps : 0;
+  return rounds <= 2 && kept_bytes(rounds * warps) <= room ? rounds * warps : 0;
 }
 
 // Calls Action<T>::run(args...) for the element type of `dtype`.
@@ -106,9 +106,14 @@ cudaError_t describe(const void* const (&kernels)[n], int ordinal, Device* devic
   cudaFuncAttributes attributes;
   if (error == cudaSuccess) error = cudaFuncGetAttributes(&attributes, kernels[0]);
   if (error != cudaSuccess) return error;
-  *device = {device->multiprocessors, attributes.maxThreadsPerBlock / kWarp, {}, 0, 0, 0, {}};
+  *device = {device->multiprocessors,
+             attributes.maxThreadsPerBlock / kWarp,
+             {},
+             0,
+             0,
+             most_shared / 2,
+             {}};
   device->shared_bytes = std::min(kMaxSharedBytes, most_shared - kStaticSharedBytes);
-  device->half_shared_bytes = most_shared / 2;
   // Code compiled for sm_80 runs on later cards too, but its cluster instructions are left out.
   if (major < 9 || attributes.binaryVersion < 90 || attributes.ptxVersion < 90) return cudaSuccess;
   device->largest_cluster = kLargestCluster;

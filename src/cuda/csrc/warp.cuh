@@ -84,29 +84,16 @@ __device__ __forceinline__ void store_to_block(V* shared, int rank, V value) {
 #endif
 }
 
-// Counts the bytes that send_to_block brings, in shared memory: a phase ends once one expect_more
-// has said how many, before or after they come, and they are all there. One thread starts it, once,
-// before its cluster_start.
-__device__ __forceinline__ void start_count(uint64_t* pending) {
+// A count of the bytes that send_to_block is still to bring, in shared memory. One thread sets it,
+// once, before its cluster_start.
+__device__ __forceinline__ void expect_bytes(uint64_t* pending, int bytes) {
 #if __CUDA_ARCH__ >= 900
   const uint32_t here = static_cast<uint32_t>(__cvta_generic_to_shared(pending));
   asm volatile("mbarrier.init.shared::cta.b64 [%0], 1;" ::"r"(here) : "memory");
-  asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
-#endif
-}
-
-// One thread: how many bytes the phase brings.
-__device__ __forceinline__ void expect_more(uint64_t* pending, int bytes) {
-#if __CUDA_ARCH__ >= 900
-  const uint32_t here = static_cast<uint32_t>(__cvta_generic_to_shared(pending));
   asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(here), "r"(bytes)
                : "memory");
+  asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
 #endif
-}
-
-__device__ __forceinline__ void expect_bytes(uint64_t* pending, int bytes) {
-  start_count(pending);
-  expect_more(pending, bytes);
 }
 
 // store_to_block, counted by that block's `pending`: its threads need no barrier to see the value.
@@ -142,20 +129,19 @@ __device__ __forceinline__ void send_pair_to_block(float* shared, uint64_t* pend
 #endif
 }
 
-// Waits until every byte of a phase is there, the first of which has parity 0. Not
-// .acquire.cluster, which would also empty the L1 cache: what arrives is this block's own shared
-// memory.
-__device__ __forceinline__ void wait_for_bytes(uint64_t* pending, int parity = 0) {
+// Waits until every byte is there. Not .acquire.cluster, which would also empty the L1 cache: what
+// arrives is this block's own shared memory.
+__device__ __forceinline__ void wait_for_bytes(uint64_t* pending) {
 #if __CUDA_ARCH__ >= 900
   const uint32_t here = static_cast<uint32_t>(__cvta_generic_to_shared(pending));
   uint32_t done = 0;
   while (!done) {
     asm volatile(
         "{\n .reg .pred p;\n"
-        " mbarrier.try_wait.parity.shared::cta.b64 p, [%1], %2;\n"
+        " mbarrier.try_wait.parity.shared::cta.b64 p, [%1], 0;\n"
         " selp.u32 %0, 1, 0, p;\n}"
         : "=r"(done)
-        : "r"(here), "r"(parity)
+        : "r"(here)
         : "memory");
   }
 #endif
