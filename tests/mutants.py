@@ -289,6 +289,30 @@ MUTANTS = [
         "if (ends) return drafts > 0 ? drafts : 0;",
     ),
     Mutant(
+        "logits: the draft's row is filtered by the target's threshold",
+        POSITIONS,
+        "threshold_q = at.thresholds[1];",
+        "threshold_q = at.thresholds[0];",
+    ),
+    Mutant(
+        "logits: sums that a filter did not want at first are not made later",
+        POSITIONS,
+        "const bool sums_later = !greedy && !sums_first;",
+        "const bool sums_later = false;",
+    ),
+    Mutant(
+        "logits: half a cluster does not wait for the other half's threshold",
+        POSITIONS,
+        "wait_for_bytes(at.pending + 5);",
+        "",
+    ),
+    Mutant(
+        "thresholds: who searches together does not wait for what is told",
+        THRESHOLDS,
+        "wait_for_arrivals(barrier, times & 1);",
+        "",
+    ),
+    Mutant(
         "thresholds: the logit that reaches the share is left out",
         THRESHOLDS,
         "before < goal.wanted && goal.wanted <= with",

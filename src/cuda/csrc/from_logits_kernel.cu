@@ -565,12 +565,17 @@ int blocks_per_position(const LogitsParams& a, const Device& device) {
   return blocks;
 }
 
-// Blocks of draw_kernel a request: as many as run at once for all.
+// Blocks of draw_kernel a request. Of float32, of which a multiprocessor has one, as many as run at
+// once for all; else up to two a multiprocessor, though then not quite all clusters find room.
 int drawing_blocks(const LogitsParams& a, const Device& device) {
-  const auto& at_once =
-      a.base.dtype == Dtype::kFloat32 ? device.spread_clusters : device.large_clusters;
   int blocks = kPortableCluster;
-  while (blocks > 2 && at_once[blocks] < a.base.batch_size) --blocks;
+  if (a.base.dtype == Dtype::kFloat32) {
+    while (blocks > 2 && device.spread_clusters[blocks] < a.base.batch_size) --blocks;
+  } else {
+    while (blocks > 2 && a.base.batch_size * blocks > kResidentBlocks * device.multiprocessors) {
+      blocks /= 2;
+    }
+  }
   return blocks;
 }
 
