@@ -112,6 +112,17 @@ def test_positions_of_nan_and_infinite_logits():
     check_positions_of_every_draft(nan_and_infinite_case(), temperature=temperature.flip(0))
 
 
+def test_positions_where_top_k_is_more_than_there_is():
+    case = make_logits_case(4, 2, 1100)
+    for rows in (case["target_logits"][1:], case["draft_logits"][::2]):
+        rows[..., 9:] = -float("inf")  # then the filter drops nothing
+    case["draft_token_ids"].clamp_(max=8)
+    check_positions(case, top_k=torch.full((4,), 20, dtype=torch.int32))
+    check_positions(
+        case, top_k=torch.full((4,), 20, dtype=torch.int32), top_p=torch.full((4,), 0.8)
+    )
+
+
 def test_nan_and_infinite_logits():
     case = nan_and_infinite_case()
     check(case)
@@ -209,6 +220,12 @@ def test_thresholds_keep_what_the_cpp_kernel_keeps(vocab_size, kind):
 @pytest.mark.parametrize("kind", ["peaked", "flat", "equal", "ties", "coarse"])
 def test_thresholds_of_rows_that_overflow_the_list(kind):
     check_thresholds(filtered_row(kind, 20008))
+
+
+@pytest.mark.parametrize("blocks", [2, 4])
+@pytest.mark.parametrize("kind", ["peaked", "ties"])
+def test_thresholds_found_by_the_blocks_of_a_cluster(kind, blocks):
+    check_thresholds(filtered_row(kind, 4003), launch=("cluster", blocks))
 
 
 @pytest.mark.parametrize("temperature", [0.01, 0.7, 50.0])
