@@ -74,9 +74,8 @@ struct Device {
   int large_clusters[kLargestCluster + 1];  // of n such blocks that run at once: a block there may
                                             // have a multiprocessor to itself
   int64_t shared_bytes;                     // that a kernel may ask for
-  int largest_cluster;        // 0: no clusters, or none in the code compiled for this card
-  int64_t half_shared_bytes;  // of which no two blocks fit a multiprocessor
-  int spread_clusters[kLargestCluster + 1];  // of n blocks that each want so much, at once
+  int largest_cluster;  // 0: no clusters, or none in the code compiled for this card
+  int spread_clusters[kLargestCluster + 1];  // of n blocks with a multiprocessor each, at once
 };
 
 int clusters_at_once(const void* kernel, int size, int warps, int64_t shared_bytes) {
@@ -106,13 +105,7 @@ cudaError_t describe(const void* const (&kernels)[n], int ordinal, Device* devic
   cudaFuncAttributes attributes;
   if (error == cudaSuccess) error = cudaFuncGetAttributes(&attributes, kernels[0]);
   if (error != cudaSuccess) return error;
-  *device = {device->multiprocessors,
-             attributes.maxThreadsPerBlock / kWarp,
-             {},
-             0,
-             0,
-             most_shared / 2,
-             {}};
+  *device = {device->multiprocessors, attributes.maxThreadsPerBlock / kWarp, {}, 0, 0, {}};
   device->shared_bytes = std::min(kMaxSharedBytes, most_shared - kStaticSharedBytes);
   // Code compiled for sm_80 runs on later cards too, but its cluster instructions are left out.
   if (major < 9 || attributes.binaryVersion < 90 || attributes.ptxVersion < 90) return cudaSuccess;
@@ -128,10 +121,10 @@ cudaError_t describe(const void* const (&kernels)[n], int ordinal, Device* devic
       device->largest_cluster = kPortableCluster;
     }
   }
+  const int64_t half = most_shared / 2;  // no two blocks that want so much fit a multiprocessor
   for (int size = 1; size <= device->largest_cluster; ++size) {
     device->large_clusters[size] = clusters_at_once(kernels[0], size, device->most_warps, 0);
-    device->spread_clusters[size] =
-        clusters_at_once(kernels[0], size, kMaxWarps, device->half_shared_bytes);
+    device->spread_clusters[size] = clusters_at_once(kernels[0], size, kMaxWarps, half);
   }
   return cudaSuccess;
 }
