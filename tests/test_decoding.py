@@ -9,10 +9,11 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import Qwen2Config, Qwen2ForCausalLM
 
-from src import decoding, samplers
+from src import decoding, from_logits, samplers
 from src.decoding.cache import CachedModel
 from src.decoding.drafts import PromptLookupDraft, forced_acceptance
 from src.decoding.forwards import FusedForward
+from src.decoding.from_logits import FromLogits
 from src.decoding.speculative import Decoder, Distribution
 from tests.tiny import VOCAB_SIZE, drafting, llama, relative
 
@@ -50,6 +51,16 @@ def test_greedy_speculative_decoding_emits_what_plain_decoding_does(draft, spec_
     sample = samplers.get(sampler).load()
     result = decoder(DRAFTS[draft], spec_length, sample).generate(PROMPTS, NEW)
     assert result.token_ids == [by_generate(p) for p in PROMPTS]
+
+
+@pytest.mark.parametrize("draft", DRAFTS)
+def test_greedy_decoding_from_logits_emits_what_plain_decoding_does(draft):
+    logits = FromLogits(from_logits.get("vectorized").load())
+    result = decoder(DRAFTS[draft], 4, logits.sample, distribution=logits, check=True).generate(
+        PROMPTS, NEW
+    )
+    assert result.token_ids == [by_generate(p) for p in PROMPTS]
+    assert result.stats.not_argmax == 0
 
 
 def test_the_target_as_its_own_draft_is_always_accepted_and_a_relative_sometimes():
@@ -116,6 +127,15 @@ def test_a_round_never_reads_the_device(draft, greedy):
     with torch.no_grad(), _NoHost():
         for phase in speculative._functions(profile=True):
             phase()
+
+
+def test_a_sampler_that_emits_nothing_is_an_error_and_no_endless_loop():
+    def nothing(draft_token_ids, draft_probs, target_probs, **random):
+        output = VECTORIZED(draft_token_ids, draft_probs, target_probs, **random)
+        return output._replace(num_accepted=output.num_accepted - 9)
+
+    with pytest.raises(RuntimeError, match="emits no tokens"):
+        decoder(sample=nothing).generate(PROMPTS, NEW)
 
 
 def test_new_tokens_are_reported_as_they_come():

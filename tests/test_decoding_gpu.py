@@ -7,9 +7,10 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, LlamaConfig, Qwen2Config
 
-from src import samplers
+from src import from_logits, samplers
 from src.decoding.cache import CachedModel
 from src.decoding.drafts import PromptLookupDraft
+from src.decoding.from_logits import FromLogits
 from src.decoding.speculative import Decoder, Distribution
 from tests.tiny import drafting, llama, relative
 
@@ -26,8 +27,8 @@ def on_card(model):
     return copy.deepcopy(model).cuda()
 
 
-def make(draft, mode, sampler="vectorized", **options):
-    draw = samplers.get("vectorized").load("cuda")
+def make(draft, mode, sampler="vectorized", sample=None, **options):
+    draw = sample or samplers.get("vectorized").load("cuda")
     drafts = {
         None: None,
         "model": lambda: drafting(on_card(relative(0)), draw),
@@ -36,7 +37,7 @@ def make(draft, mode, sampler="vectorized", **options):
     return Decoder(
         on_card(llama(0)),
         drafts[draft]() if draft else None,
-        samplers.get(sampler).load("cuda"),
+        sample or samplers.get(sampler).load("cuda"),
         spec_length=4 if draft else 0,
         max_length=60,
         batch_size=3,
@@ -44,6 +45,19 @@ def make(draft, mode, sampler="vectorized", **options):
         capturable=sampler != "baseline",
         **options,
     )
+
+
+@pytest.mark.parametrize("temperature", [0, 0.8])
+@pytest.mark.parametrize("draft", [None, "model", "lookup"])
+def test_rounds_from_logits_emit_what_the_vectorized_sampler_does(draft, temperature):
+    def decode(name, mode):
+        logits = FromLogits(from_logits.get(name).load("cuda"), temperature=temperature, top_k=20)
+        made = make(draft, mode, sample=logits.sample, distribution=logits)
+        return [made.generate(PROMPTS, NEW, seeds=seeds).token_ids for seeds in (SEEDS, [4, 5, 6])]
+
+    wanted = decode("vectorized", "eager")
+    assert decode("cuda", "eager") == decode("cuda", "graphed") == wanted
+    assert (wanted[0] == wanted[1]) == (temperature == 0)
 
 
 @pytest.mark.parametrize("sampler", ["vectorized", "baseline"])
@@ -75,7 +89,7 @@ def test_replays_with_other_seeds_draw_other_tokens():
 
 @functools.cache
 def wide(kind: str):
-    """A random model of a size that the Triton kernels take, with normalizations of its own."""
+    """A random model of a size that the kernels take, with normalizations of its own."""
     config = {"llama": LlamaConfig, "qwen2": Qwen2Config}[kind](
         vocab_size=1024,
         hidden_size=896,
@@ -95,8 +109,7 @@ def wide(kind: str):
 
 @pytest.mark.parametrize("batch_size", [1, 2])
 @pytest.mark.parametrize("kind", ["llama", "qwen2"])
-def test_triton_layers_are_as_near_to_float32_as_pytorchs_own(kind, batch_size):
-    pytest.importorskip("triton")
+def test_few_token_layers_are_as_near_to_float32_as_pytorchs_own(kind, batch_size):
     capacity = 160
     exact = CachedModel(on_card(wide(kind)), batch_size, capacity)
     plain, kernels = (
@@ -118,8 +131,30 @@ def test_triton_layers_are_as_near_to_float32_as_pytorchs_own(kind, batch_size):
         start += torch.tensor([queries, max(1, queries - 2)])[:batch_size]
 
 
-def test_triton_layers_do_not_write_outside_their_rows():
-    pytest.importorskip("triton")
+@pytest.mark.parametrize("kind", ["llama", "qwen2"])
+def test_tokens_verified_together_have_the_bits_of_tokens_decoded_one_by_one(kind):
+    """So that greedy speculative decoding emits what plain decoding does, to the last token."""
+    one, all_at_once, rows = (
+        CachedModel(on_card(wide(kind)).bfloat16(), count, 256) for count in (1, 1, 2)
+    )
+    generator = torch.Generator().manual_seed(1)
+    prompt = torch.randint(0, 1024, (1, 150), generator=generator).cuda()
+    for model in (one, all_at_once, rows):
+        model.prefill(prompt.expand(model.batch_size, -1))
+    start = prompt.shape[1]
+    for queries in (2, 4, 8, 9, 16):
+        ids = torch.randint(0, 1024, (1, queries), generator=generator).cuda()
+        at = [torch.tensor([start + i]).cuda() for i in range(queries)]
+        wanted = torch.cat([one.forward(ids[:, i : i + 1], at[i]) for i in range(queries)], 1)
+        assert torch.equal(all_at_once.forward(ids, at[0]), wanted)
+        if queries <= 8:
+            mates = torch.cat((ids, ids.flip(1)))
+            beside = rows.forward(mates, at[0].repeat(2))
+            assert torch.equal(beside[:1], wanted)
+        start += queries
+
+
+def test_few_token_layers_do_not_write_outside_their_rows():
     kernels = CachedModel(on_card(wide("llama")).bfloat16(), 2, 64)
     for _, cache in kernels.engine.layers:
         cache.fill_(7)

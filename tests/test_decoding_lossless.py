@@ -8,9 +8,10 @@ import pytest
 import torch
 from transformers import LogitsProcessorList, TopKLogitsWarper, TopPLogitsWarper
 
-from src import samplers
+from src import from_logits, samplers
 from src.contract import SamplerOutput
 from src.decoding.drafts import PromptLookupDraft
+from src.decoding.from_logits import FromLogits
 from src.decoding.lossless import chi_square, first_divergence
 from src.decoding.speculative import Decoder, Distribution
 from tests.tiny import drafting, llama, relative
@@ -42,7 +43,7 @@ def exact(distribution: str) -> torch.Tensor:
     return (probs[0, 0][:, None] * probs[:, 1]).flatten()
 
 
-def pairs(draft, sample, distribution: str, spec_length=2):
+def pairs(draft, sample, distribution, spec_length=2):
     """First and second token of many runs, as one number each."""
     speculative = Decoder(
         llama(0, VOCAB),
@@ -51,7 +52,7 @@ def pairs(draft, sample, distribution: str, spec_length=2):
         spec_length=spec_length,
         max_length=len(PROMPT) + 3,
         batch_size=RUNS,
-        distribution=DISTRIBUTIONS[distribution],
+        distribution=DISTRIBUTIONS.get(distribution, distribution),
     )
     rows = speculative.generate([PROMPT] * RUNS, 3, seeds=range(RUNS)).token_ids
     return [VOCAB * row[0] + row[1] for row in rows]
@@ -67,6 +68,18 @@ def test_sampled_tokens_follow_the_target(draft, distribution):
 @pytest.mark.parametrize("distribution", DISTRIBUTIONS)
 def test_plain_sampled_tokens_follow_the_target(distribution):
     assert chi_square(pairs(None, VECTORIZED, distribution, 0), exact(distribution)) > 1e-3
+
+
+@pytest.mark.parametrize("verification", ["token", "block"])
+@pytest.mark.parametrize("draft", ["a relative", "prompt lookup", None])
+def test_tokens_sampled_from_logits_follow_the_target(draft, verification):
+    sampler = from_logits.get("vectorized").load()
+    logits = FromLogits(sampler, temperature=1, top_k=5, top_p=0.8, verification=verification)
+    maker = DRAFTS.get(draft)
+    if draft == "a relative":
+        maker = drafting(relative(0, 0.5, VOCAB), logits.sample)
+    tokens = pairs(maker, logits.sample, logits, 2 if draft else 0)
+    assert chi_square(tokens, exact("top-k and top-p")) > 1e-3
 
 
 def accept_always(draft_token_ids, draft_probs, target_probs, **random):

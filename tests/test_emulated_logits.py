@@ -140,7 +140,7 @@ def test_sampling_gives_the_cpp_kernels_tokens_and_logsumexp(which):
     )
     no_drafts = torch.empty((4, 0), dtype=torch.int64)
     for kernel, blocks, _ in LAUNCHES:
-        output, ours = emulation.from_logits(kernel, blocks)(
+        output, ours = emulation.from_logits(kernel, blocks, sampling=True)(
             no_drafts, logits, uniforms=uniforms[:, None], **options
         )
         assert torch.equal(output.token_ids[:, 0], tokens), (kernel, blocks)
@@ -178,7 +178,7 @@ def check_thresholds(logits, launch=("workspace", 1), temperature=1.0):
     tokens, logsumexp = (
         from_logits.get("cpp").load().sample_from_logits(rows, uniforms=uniforms, **options)
     )
-    output, ours = emulation.from_logits(*launch, schedule=vocab_size)(
+    output, ours = emulation.from_logits(*launch, schedule=vocab_size, sampling=True)(
         torch.empty((count, 0), dtype=torch.int64),
         rows[:, None],
         uniforms=uniforms[:, None],

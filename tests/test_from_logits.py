@@ -106,6 +106,18 @@ def test_a_draft_that_q_filters_out_is_accepted_and_uses_up_its_uniform(name, de
 
 
 @on_every_device
+@pytest.mark.parametrize("vocab_size", [61, 5000])
+def test_without_drafts_nothing_is_accepted(name, device, vocab_size):
+    case = make_logits_case(3, 0, vocab_size)
+    for _ in range(4):
+        # What the outputs' memory holds is not what they should be.
+        poison = [torch.full((n,), 77, dtype=torch.int32, device=device) for n in (3, 6, 64)]
+        del poison
+        output = check(name, device, case, temperature=torch.tensor([0.0, 0.8, 1.0]))
+        assert output.num_accepted.tolist() == [0, 0, 0]
+
+
+@on_every_device
 def test_greedy_rows_are_the_first_argmax_whatever_the_draft(name, device):
     case = make_logits_case(8, 3, 1200)
     target = case["target_logits"].round(decimals=0)  # ties

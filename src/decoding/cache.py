@@ -85,14 +85,20 @@ class CachedModel:
         self._run(input_ids, torch.zeros_like(input_ids[:, 0]), 1, eager=True)
 
     @torch.no_grad()
-    def forward(self, input_ids: torch.Tensor, start: torch.Tensor, keep: int = 0) -> torch.Tensor:
-        """Logits [B, Q, V] of input_ids [B, Q] int64, row b at positions start[b], start[b]+1, …
+    def forward(
+        self, input_ids: torch.Tensor, start: torch.Tensor, keep: int = 0, ahead: int = 0
+    ) -> torch.Tensor:
+        """Logits [B, Q, V] of input_ids [B, Q] int64, row b's at positions start[b] + ahead, the
+        next one, and so on.
 
-        start: [B] int64; start + Q must not exceed the capacity (past it a device assert, but
-            none from Triton's kernels). A position before 0 counts as 0.
+        start: [B] int64; start + ahead + Q must not exceed the capacity (past it the device stops
+            with an error). A position before 0 counts as 0.
         keep: logits of the last `keep` tokens only; 0 keeps all.
         """
-        return self._run(input_ids, start, keep)
+        few = self.engine.few
+        if few and input_ids.numel() <= few.most_tokens:
+            return few(input_ids, start, keep, ahead)
+        return self._run(input_ids, start + ahead if ahead else start, keep)
 
     def _run(self, input_ids, start, keep, eager=False):
         steps = self._columns[: input_ids.shape[1]]

@@ -35,10 +35,10 @@ class ModelDraft:
     def propose(self, state, spec_length: int, distribution):
         # After a full acceptance the last draft token is not in this cache yet. Two tokens in the
         # first step write it in every round, where a branch would need the host.
-        query, start = state.newest(2), state.start - 1
+        query, ahead = state.newest, -1
         token_ids, probs = [], []
         for step in range(spec_length):
-            logits = self.cached.forward(query, start, keep=1)
+            logits = self.cached.forward(query, state.start, keep=1, ahead=ahead)
             if distribution.greedy:
                 token = distribution.best(logits)[:, -1]
             else:
@@ -47,7 +47,7 @@ class ModelDraft:
                 token = draw_tokens(self.draw, q, state.seeds, offsets)
                 probs.append(q)
             token_ids.append(token)
-            query, start = token[:, None], state.start + step + 1
+            query, ahead = token[:, None], step + 1
         return torch.stack(token_ids, 1), torch.cat(probs, 1) if probs else None
 
 

@@ -15,6 +15,8 @@ from torch.nn.functional import linear, rms_norm, scaled_dot_product_attention, 
 from transformers import AttentionInterface
 from transformers.cache_utils import Cache, StaticLayer
 
+from src.decoding import few_tokens
+
 _ATTENTION = "grouped_sdpa"
 # Rotations of a position alone; the others depend on the length of the text.
 _FIXED_ROPE = ("default", "llama3", "linear", "yarn")
@@ -29,8 +31,8 @@ class FusedForward:
     normalization in one kernel, the rotation in three, keys and values written by one. Weights are
     not copied: the model's own become views of the joined ones.
 
-    few: triton_layers.TritonLayers for a few query tokens, where there is Triton and they fit the
-        model; `few = None` turns them off.
+    few: few_tokens.FewTokenLayers, which CachedModel calls instead for a few query tokens, where
+        the extension has CUDA and they fit the model; `few = None` turns them off.
     compiled: the other layers under torch.compile, which joins the small kernels. All layers share
         one code.
     """
@@ -57,10 +59,8 @@ class FusedForward:
         sin = torch.cat((-sin[..., :half], sin[..., half:]), -1)
         self.rotation = torch.stack((cos[0], sin[0]), 1)  # [capacity, 2, D]
         self._compiled = torch.compile(_layer, dynamic=False) if compiled else _layer_in_place
-        self.few = None
-        kernels = triton_layers() if self.head.is_cuda else None
-        if kernels and kernels.fits(self.shape, self.layers, self.head):
-            self.few = kernels.TritonLayers(self)
+        fits = few_tokens.fits(self.shape, self.layers, self.head)
+        self.few = few_tokens.FewTokenLayers(self) if fits else None
 
     @staticmethod
     def fits(model) -> bool:
@@ -82,8 +82,6 @@ class FusedForward:
     def __call__(self, input_ids, positions, mask, keep, eager=False):
         layer = _layer_in_place if eager else self._compiled
         x = torch.nn.functional.embedding(input_ids, self.embed)
-        if self.few and not eager and input_ids.numel() <= self.few.most_tokens:
-            return self.few(x, positions, keep)
         mask, flat = mask(), x.flatten(0, 1)
         rows = (positions + self.first_rows).flatten()
         rotation = self.rotation[positions.flatten()].unsqueeze(2)
@@ -92,15 +90,6 @@ class FusedForward:
         x = flat.view_as(x)
         x = x[:, -keep:] if keep else x
         return linear(_normalized(x, self.norm.weight, self.shape), self.head)
-
-
-def triton_layers():
-    """The module of that name, or None where there is no Triton: on Windows, and without a card."""
-    try:
-        from src.decoding import triton_layers
-    except ImportError:
-        return None
-    return triton_layers
 
 
 class _Shape(NamedTuple):
@@ -197,6 +186,8 @@ def _joined(parameters):
 
 class ModelForward:
     """transformers' own forward, for any model whose layers all attend to all earlier tokens."""
+
+    few = None
 
     def __init__(self, model, batch_size: int, capacity: int, *, compiled: bool = False):
         self.model = model

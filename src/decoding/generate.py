@@ -5,9 +5,12 @@ model.generate(**inputs, custom_generate=speculative_generate, draft=draft_model
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 
 from src import samplers
+from src.contract import SamplerOutput
 from src.decoding.cache import CachedModel
 from src.decoding.drafts import ModelDraft, PromptLookupDraft
 from src.decoding.speculative import Decoder, Distribution
@@ -57,10 +60,11 @@ def speculative_generate(
     new = config.max_length - input_ids.shape[1]
     eos = config.eos_token_id
     eos = [] if eos is None else [eos] if isinstance(eos, int) else list(eos)
+    sample = samplers.get(sampler).load(model.device.type)
     decoder = Decoder(
         model,
-        draft_maker(draft, sampler, model.device),
-        samplers.get(sampler).load(model.device.type),
+        draft_maker(draft, sample),
+        sample,
         spec_length=spec_length,
         max_length=config.max_length,
         batch_size=len(prompts),
@@ -76,20 +80,19 @@ def speculative_generate(
     return torch.cat([input_ids, padded.to(input_ids.device)], 1)
 
 
-def draft_maker(draft, draw: str, device: torch.device):
+def draft_maker(draft, draw: Callable[..., SamplerOutput]):
     """The draft argument of Decoder for a causal LM, a CachedModel of one, or "prompt-lookup".
 
-    draw: name of the sampler that draws the draft model's tokens.
+    draw: the sampler that draws the draft model's tokens.
     """
     if isinstance(draft, str):
         if draft != "prompt-lookup":
             raise ValueError(f"draft is {draft!r}; wanted a causal LM or 'prompt-lookup'")
         return lambda batch_size, capacity: PromptLookupDraft()
-    sample = samplers.get(draw).load(device.type)
 
     def make(batch_size: int, capacity: int) -> ModelDraft:
         ready = isinstance(draft, CachedModel)
-        return ModelDraft(draft if ready else CachedModel(draft, batch_size, capacity), sample)
+        return ModelDraft(draft if ready else CachedModel(draft, batch_size, capacity), draw)
 
     return make
 

@@ -4,29 +4,37 @@ from __future__ import annotations
 
 import itertools
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Container, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import NamedTuple
 
 import torch
 
-from src import samplers
+from src import from_logits, samplers
+from src.contract import SamplerOutput
 from src.decoding import spec_length as lengths
 from src.decoding.cache import CachedModel
 from src.decoding.drafts import forced_acceptance
+from src.decoding.from_logits import FromLogits
 from src.decoding.generate import draft_maker
 from src.decoding.lossless import first_divergence
 from src.decoding.models import PROMPT_LOOKUP, Pair, logits_processor
 from src.decoding.prompts import Prompt
 from src.decoding.speculative import MODES, Decoder, Distribution, Generation, Stats
 
-# The kernel first: it also draws the draft model's tokens and those of plain decoding.
-SAMPLERS = {"cpu": ("baseline", "vectorized", "cpp"), "cuda": ("baseline", "vectorized", "cuda")}
+# The last that can be had also decodes plainly.
+SAMPLERS = {
+    "cpu": ("baseline", "vectorized", "cpp"),
+    "cuda": ("baseline", "vectorized", "cuda", "cuda-from-logits"),
+}
+_FROM_LOGITS = {"cuda-from-logits": "cuda"}  # names of src/from_logits.py
 _LABELS = {
     "baseline": "Spec Decode + Baseline (Python loop)",
     "vectorized": "Spec Decode + PyTorch Vectorized",
     "cpp": "Spec Decode + C++ Fused Kernel (CPU)",
     "cuda": "Spec Decode + CUDA Fused Kernel",
+    "cuda-from-logits": "Spec Decode + CUDA Kernel from Logits",
 }
 PLAIN = "plain"
 PEER_PLAIN = "transformers"
@@ -66,6 +74,7 @@ class Settings:
     temperature: float = 0.0
     top_k: int = 0
     top_p: float = 1.0
+    verification: str = "token"
     acceptance: float = 0.8
     modes: Sequence[str] = MODES
     compiled: bool = False
@@ -125,7 +134,8 @@ class Comparison:
         greedy = settings.temperature == 0
         processor = logits_processor(settings.temperature, settings.top_k, settings.top_p)
         self.distribution = Distribution(processor, greedy=greedy)
-        self._draw = _first_available(self.device.type)
+        self._fastest = _last_available(self.device.type)
+        self._fastest_of_probs = _last_available(self.device.type, without=_FROM_LOGITS)
         self._longest_draft = max(
             lengths.LONGEST if length == "auto" else int(length) for length in settings.spec_lengths
         )
@@ -205,15 +215,17 @@ class Comparison:
         return self._decoders[key]
 
     def _build(self, name: str, mode: str, length: int, check: bool) -> Decoder:
-        sampler = self._draw if name == PLAIN else name
-        sample = samplers.get(sampler).load(self.device.type)
-        if length and self.pair.synthetic:
-            sample = forced_acceptance(sample, self.settings.acceptance, self.device)
+        sampler = self._fastest if name == PLAIN else name
+        sample, distribution = self._sampling(sampler)
         draft = None
         if length:
             model = self.pair.draft
             cached = model if model == PROMPT_LOOKUP else self._cache(model, mode)
-            draft = draft_maker(cached, self._draw, self.device)
+            # Draft tokens are drawn by the fastest sampler of the kind, whichever verifies.
+            draw = sample if sampler in _FROM_LOGITS else self._sampling(self._fastest_of_probs)[0]
+            draft = draft_maker(cached, draw)
+        if length and self.pair.synthetic:
+            sample = forced_acceptance(sample, self.settings.acceptance, self.device)
         return Decoder(
             self._cache(self.pair.target, mode),
             draft,
@@ -221,12 +233,29 @@ class Comparison:
             spec_length=length,
             max_length=self._max_length,
             batch_size=self.settings.batch_size,
-            distribution=self.distribution,
+            distribution=distribution,
             eos_token_ids=self.pair.eos_token_ids,
             mode=mode,
             capturable=sampler not in _READS_ON_HOST,
             check=check and not self.pair.synthetic,
         )
+
+    def _sampling(self, name: str) -> tuple[Callable[..., SamplerOutput], Distribution]:
+        """The sampler of that name, and what it takes of the logits. Raises SamplerUnavailable."""
+        settings = self.settings
+        if name in _FROM_LOGITS:
+            logits = FromLogits(
+                from_logits.get(_FROM_LOGITS[name]).load(self.device.type),
+                temperature=settings.temperature,
+                top_k=settings.top_k,
+                top_p=settings.top_p,
+                verification=settings.verification,
+            )
+            return logits.sample, logits
+        sample = samplers.get(name).load(self.device.type)
+        if settings.verification != "token":
+            sample = partial(sample, verification=settings.verification)
+        return sample, self.distribution
 
     def _cache(self, model, mode: str) -> CachedModel:
         """One cache a model and mode for all decoders: they take turns, and compiled code is kept.
@@ -247,7 +276,7 @@ class Comparison:
     def _calibrate(self, method: Method, category: str) -> int:
         """K from acceptance and times measured on the category's first prompts, with the sampler
         that draws. The same K then serves every sampler of the mode."""
-        fast = method._replace(name=self._draw)
+        fast = method._replace(name=self._fastest)
         batches = [batch for name, batch in self.batches if name == category]
         few, many = _CALIBRATION_LENGTHS
         (step, _), (short, _), (long, stats) = (
@@ -383,6 +412,7 @@ class Comparison:
             "temperature": settings.temperature,
             "top_k": settings.top_k,
             "top_p": settings.top_p,
+            "verification": settings.verification,
             "pair": self.pair.name,
             "synthetic": self.pair.synthetic,
             "forced_acceptance": settings.acceptance if self.pair.synthetic else None,
@@ -412,7 +442,7 @@ class Comparison:
         each as the tokens come, and saying what was accepted."""
         _, batch = self.batches[0]
         ids = [self._ids[batch[0]]]
-        for name in (PLAIN, self._draw):
+        for name in (PLAIN, self._fastest):
             length = 0 if name == PLAIN else self.settings.spec_lengths[0]
             label = _LABELS.get(name, "plain decoding")
             method = Method(name, label, self.settings.modes[0], length)
@@ -482,10 +512,15 @@ def _batches(prompts: Sequence[Prompt], size: int) -> list[tuple[str, tuple[Prom
     ]
 
 
-def _first_available(device: str) -> str:
+def _last_available(device: str, without: Container[str] = ()) -> str:
     for name in reversed(SAMPLERS[device]):
+        if name in without:
+            continue
         try:
-            samplers.get(name).load(device)
+            if name in _FROM_LOGITS:
+                from_logits.get(_FROM_LOGITS[name]).load(device)
+            else:
+                samplers.get(name).load(device)
         except samplers.SamplerUnavailable:
             continue
         return name

@@ -38,13 +38,16 @@ def options(description: str) -> argparse.ArgumentParser:
     add("--temperature", type=float, default=0.0, help="0 is greedy")
     add("--top-k", type=int, default=0, help="0 is off")
     add("--top-p", type=float, default=1.0, help="1 is off")
+    add("--verification", choices=("token", "block"), default="token")
     add("--batch-size", type=positive, default=1)
     add("--prompts", type=Path, default=prompts.OWN, help="JSON lines in Spec-Bench's format")
     add("--category", action="append", default=[], help="only this one (may be repeated)")
     add("--per-category", type=positive, help="prompts a category (default: all; on a CPU 1)")
     add("--acceptance", type=float, default=0.8, help="forced, for a synthetic pair")
     add("--modes", default=",".join(MODES), help="eager, graphed, or both (default)")
-    add("--compile", action="store_true", help="under torch.compile what Triton kernels do not do")
+    add(
+        "--compile", action="store_true", help="under torch.compile what the CUDA kernels do not do"
+    )
     add("--check-lossless", action="store_true", help="report how the text compares with plain")
     add("--stream", action="store_true", help="print the first prompt's text as it comes")
     device = "cuda" if torch.cuda.is_available() else "cpu"
@@ -112,6 +115,7 @@ def comparison(args: argparse.Namespace) -> Comparison:
         temperature=args.temperature,
         top_k=args.top_k,
         top_p=args.top_p,
+        verification=args.verification,
         acceptance=args.acceptance,
         modes=args.modes.split(","),
         compiled=args.compile,
@@ -127,7 +131,9 @@ def comparison(args: argparse.Namespace) -> Comparison:
 def file_name(args: argparse.Namespace, script: str) -> str:
     """A result's file: pairs, batch sizes and kinds of run do not replace one another's, and a
     smoke run never replaces a result."""
-    pair = "custom" if args.target else args.pair
+    pair = args.pair
+    if args.target:
+        pair = f"{Path(args.target).name}-{Path(args.draft or models.PROMPT_LOOKUP).name}"
     parts = [script]
     if args.smoke:
         return f"{script}-smoke.json"

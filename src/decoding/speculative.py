@@ -118,6 +118,8 @@ class _State:
 
         self.tokens = zeros(batch_size, capacity + 1)  # the last column takes what is not kept
         self.start = zeros(batch_size)  # position of the newest token, which no cache holds yet
+        # The token before that one and that one; before the first token the first is repeated.
+        self.newest = zeros(batch_size, 2)
         self.limit = zeros(batch_size)  # position of the last token a row may have
         self.done = zeros(batch_size, dtype=torch.bool)
         self.seeds = zeros(batch_size)
@@ -129,10 +131,9 @@ class _State:
         self.not_argmax = zeros()
         self.left = zeros()  # tokens that the row furthest from its limit may still take
 
-    def newest(self, count: int) -> torch.Tensor:
-        """[B, count]: the newest tokens. Before the first token the first is repeated."""
-        back = torch.arange(1 - count, 1, device=self.start.device)
-        return self.tokens.gather(1, (self.start[:, None] + back).clamp(min=0))
+    def update_newest(self) -> None:
+        back = torch.arange(-1, 1, device=self.start.device)
+        self.newest.copy_(self.tokens.gather(1, (self.start[:, None] + back).clamp(min=0)))
 
     def clear(self) -> None:
         """No rows: every one is done, and stays where it is in a round."""
@@ -223,7 +224,7 @@ class Decoder:
 
     def _verify(self) -> None:
         # A missing draft token (-1) is verified as token 0: the sampler never looks at it.
-        query = torch.cat([self._state.newest(1), self._draft_ids.clamp(min=0)], 1)
+        query = torch.cat([self._state.newest[:, 1:], self._draft_ids.clamp(min=0)], 1)
         self._logits = self.target.forward(query, self._state.start)
 
     def _sample(self) -> None:
@@ -251,7 +252,7 @@ class Decoder:
         state.tokens.scatter_(1, torch.where(keep, position, junk), output.token_ids.long())
 
         if self._check_argmax:
-            best = self.distribution.best(self._logits)
+            best = Distribution.best(self.distribution, self._logits)  # not by a sampler's kernel
             state.not_argmax += (keep & (output.token_ids != best)).sum()
         drafted = (self._draft_ids >= 0) & active
         state.rounds += active.sum()
@@ -259,6 +260,7 @@ class Decoder:
         state.examined += (drafted & (columns[:-1] <= num_accepted)).sum(0)
         state.accepted += (active & (columns[:-1] < num_accepted)).sum(0)
         state.start += keep.sum(1)
+        state.update_newest()
         state.done |= is_eos.any(1) | (state.start >= state.limit)
         state.offsets += 2 * self.spec_length + 1
         state.left.copy_((state.limit - state.start).masked_fill(state.done, 0).max())
@@ -299,7 +301,8 @@ class Decoder:
         profile: time draft, verify and sample (stats.seconds). In graphed mode the round is then
             three graphs instead of one.
         on_tokens: called after each round with (row, its new tokens).
-        Raises ValueError for a prompt that is empty or does not fit.
+        Raises ValueError for a prompt that is empty or does not fit, and RuntimeError where the
+        sampler emits nothing.
         """
         self._check(prompts, max_new_tokens, seeds)
         functions = self._functions(profile)
@@ -319,6 +322,8 @@ class Decoder:
         depth = 2 if self.mode == "graphed" and on_tokens is None else 1
         left, unread, steps = max_new_tokens, deque(), 0
         while left:
+            if steps > max_new_tokens + depth:  # a round emits a token at least
+                raise RuntimeError(f"{steps} rounds came to no end: the sampler emits no tokens")
             if len(unread) < depth and (not unread or left > self.spec_length + 1):
                 for name, function in zip(PHASES, functions, strict=False):
                     if profile:
@@ -365,6 +370,7 @@ class Decoder:
         state.start[:count] = (lengths - 1).to(self.device)
         state.limit[:count] = (lengths - 1 + max_new_tokens).to(self.device)
         state.seeds[:count] = torch.tensor(seeds).to(self.device)
+        state.update_newest()
         return longest
 
     def _rows(self, prompts) -> list[list[int]]:

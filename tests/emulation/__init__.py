@@ -177,8 +177,11 @@ class _LogitsParams(ctypes.Structure):
     ]
 
 
-def from_logits(kernel: str, blocks: int = 1, schedule: int = 0, early_exit: bool = False):
-    """rejection_sample_from_logits and, beside it, the last row's logsumexp."""
+def from_logits(
+    kernel: str, blocks: int = 1, schedule: int = 0, early_exit: bool = False, sampling=False
+):
+    """rejection_sample_from_logits and, beside it, the last row's logsumexp where the kernel is
+    called as sample_from_logits calls it."""
 
     def rejection_sample_from_logits(
         draft_token_ids,
@@ -206,7 +209,7 @@ def from_logits(kernel: str, blocks: int = 1, schedule: int = 0, early_exit: boo
         params = _LogitsParams(
             base=_params(*arguments, token_ids, num_accepted),
             draft_is_logits=draft_logits is not None,
-            logsumexp=logsumexp.data_ptr(),
+            logsumexp=logsumexp.data_ptr() if sampling else None,
             **own,
         )
         launch = (kernel, blocks, int(early_exit), schedule)

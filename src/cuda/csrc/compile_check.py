@@ -25,6 +25,9 @@ FAST = (
     "draw_kernel",
     "tile_stats_kernel",
     "block_kernel",
+    "product_kernel",
+    "attention_kernel",
+    "embed_kernel",
 )
 OTHERS = ("thread_per_row_kernel", "threshold_kernel", "finish_kernel", "floor_kernel")
 KERNEL = re.compile(rf"\d({'|'.join((*FAST, *OTHERS))})[IE]")  # in a mangled name

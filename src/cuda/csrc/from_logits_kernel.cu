@@ -426,10 +426,8 @@ __global__ void __launch_bounds__(kMaxWarps* kWarp, kResidentPositions<T, filter
       if (rank == 0 && findings.verdicts) {
         findings.verdicts[static_cast<int64_t>(b) * (spec_length + 1) + k] = ends ? kEnds : kGoesOn;
       }
-      if (rank == 0 && a.logsumexp) {
-        a.logsumexp[b] = summaries[0].logsumexp;
-        a.base.num_accepted[b] = 0;
-      }
+      if (rank == 0 && a.logsumexp) a.logsumexp[b] = summaries[0].logsumexp;
+      if (rank == 0 && spec_length == 0) a.base.num_accepted[b] = 0;
     }
   }
   __syncthreads();
