@@ -43,7 +43,11 @@ def main(argv: list[str] | None = None) -> int:
     rows = comparison.run()
     report = f"{comparison.pair.label}\n\n{tables.tables(rows)}\n\n{tables.insights(rows)}"
     if args.check_lossless:
-        report += f"\n\n{tables.lossless(comparison.check_lossless())}"
+        checked = comparison.check_lossless()
+        report += f"\n\n{tables.lossless(checked)}"
+        by_method = {(entry["label"], entry["mode"]): entry for entry in checked}
+        for row in rows:
+            row["losslessness"] = by_method.get((row["label"], row["mode"]))
     print(f"\n{report}")
     save(path, results.make(SCRIPT, env, rows), report, comparison.pair.label)
     print(f"\nWritten: {path}")

@@ -10,8 +10,8 @@ pytestmark = [
     pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA card"),
 ]
 EPSILON = 1e-5
-# Two widths that a block of many warps takes differently; a chunk a warp, and less than that.
-WIDTHS = (64, 896, 2048)
+# One chunk for a block of 16 warps, less than one a warp, two a warp, and more than four.
+WIDTHS = (64, 896, 2048, 4160)
 TOKENS = (1, 3, 8, 9, 16)
 
 

@@ -67,9 +67,9 @@ def test_a_wrong_sampler_has_a_failed_row_and_no_speedup(monkeypatch):
             return output
         return output._replace(token_ids=(output.token_ids + 1) % 60)
 
-    from src import baseline
+    from src.baseline import rejection_sampler
 
-    monkeypatch.setattr(baseline.rejection_sampler, "rejection_sample", always)
+    monkeypatch.setattr(rejection_sampler, "rejection_sample", always)
     row = next(row for row in comparison().run() if row["method"] == "baseline")
     assert row["status"] == "failed" and row["speedup"] is None
     assert "greedy tokens are not the argmax" in row["reason"]
@@ -83,6 +83,9 @@ def test_batches_mix_categories_that_do_not_fill_them_and_the_peer_takes_one_pro
     assisted = next(row for row in rows if row["method"] == "transformers-assisted")
     assert "--batch-size 1" in assisted["reason"]
     assert sum(row["tokens"] for row in rows if row["method"] == "plain") > 0
+    # "auto" measures over the mixed batches, which are no prompt's category.
+    auto = comparison(batch_size=2, spec_lengths=[1, "auto"]).run()
+    assert [row["status"] for row in auto] == ["ok"] * len(auto)
 
 
 def test_auto_measures_the_spec_length_and_falls_back_to_plain(monkeypatch):

@@ -89,8 +89,9 @@ _BRIEF: dict[str, Callable[[dict], str]] = {
     "kernel": kernel_brief,
     "from_logits": logits_brief,
     "profile_rejection_sampling": profile_brief,
-    "demo_with_real_llm": lambda result: decoding_tables.modes(result["rows"]),
 }
+# What it shows of many results of one script, in one table.
+_SUMMARIES = {"demo_with_real_llm": decoding_tables.summary}
 
 
 def words(result: dict) -> list[str]:
@@ -114,6 +115,10 @@ def _recorded_tables(script: str, recorded: Path) -> str:
     if not paths:
         program = _PROGRAMS.get(script, f"{script}.py")
         return f"Nothing recorded yet: `python {program}` measures it on your machine."
+    if script in _SUMMARIES:
+        addresses = [path.with_suffix(".md").relative_to(recorded.parent) for path in paths]
+        found = zip(map(results.load, paths), (a.as_posix() for a in addresses), strict=True)
+        return _SUMMARIES[script](list(found))
     blocks = []
     for path in paths:
         result = results.load(path)

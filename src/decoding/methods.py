@@ -127,6 +127,7 @@ class Comparison:
         self.settings = settings
         self.device = pair.target.device
         self.batches = _batches(prompts, settings.batch_size)
+        self._category = {batch: category for category, batch in self.batches}  # "mixed" is one
         self._ids = {prompt: pair.encode(prompt.text) for prompt in prompts}
         self._order = {prompt: i for i, prompt in enumerate(self._ids)}
         longest = max(len(ids) for ids in self._ids.values())
@@ -185,8 +186,8 @@ class Comparison:
         tokens checked. Raises Skipped where the method cannot run here."""
         ids = [self._ids[prompt] for prompt in batch]
         if method.peer:
-            return self._by_transformers(method, ids, batch[0].category)
-        length = self.spec_length(method, batch[0].category)
+            return self._by_transformers(method, ids, self._category[batch])
+        length = self.spec_length(method, self._category[batch])
         decoder = self.decoder(method, length, check=check and self.distribution.greedy)
         # A seed for each prompt and run, whatever the batch.
         first = self.settings.seed + run * len(self._ids)
@@ -375,7 +376,7 @@ class Comparison:
         }
         if method.peer:
             return row
-        lengths_used = {self.spec_length(method, batch[0].category) for batch in batches}
+        lengths_used = {self.spec_length(method, self._category[batch]) for batch in batches}
         row["spec_length"] = lengths_used.pop() if len(lengths_used) == 1 else "auto"
         row["prefill_s"] = sum(g.prefill_seconds for g in runs) / len(runs)
         total = _summed(g.stats for g in runs)
@@ -446,7 +447,7 @@ class Comparison:
             length = 0 if name == PLAIN else self.settings.spec_lengths[0]
             label = _LABELS.get(name, "plain decoding")
             method = Method(name, label, self.settings.modes[0], length)
-            decoder = self.decoder(method, self.spec_length(method, batch[0].category))
+            decoder = self.decoder(method, self.spec_length(method, self._category[batch]))
             seen: list[int] = []
 
             def show(row: int, tokens: list[int], seen=seen) -> None:

@@ -38,15 +38,21 @@ def _name(row: dict) -> str:
 
 def _bars(axes, rows) -> None:
     bars = axes.barh([_name(row) for row in rows], [row["tokens_per_s"] for row in rows])
-    axes.bar_label(bars, fmt="%.0f")
+    axes.bar_label(bars, fmt="%.0f", padding=2)
+    axes.margins(x=0.12)
     axes.invert_yaxis()
     axes.set_xlabel("tokens/s")
     axes.tick_params(axis="y", labelsize=7)
 
 
 def _acceptance(axes, rows) -> None:
-    # Greedy samplers agree and sampled ones differ by chance: one line a mode says it all.
-    drawn = {row["mode"]: row for row in rows if row["acceptance_by_position"]}
+    # Greedy samplers agree and sampled ones differ by chance: one line a mode says it all, that of
+    # the longest drafts. Lengths that differ between categories would mix these by position.
+    rows = [row for row in rows if row["acceptance_by_position"]]
+    rows = [row for row in rows if row["spec_length"] != "auto"] or rows
+    drawn = {
+        row["mode"]: row for row in sorted(rows, key=lambda row: len(row["acceptance_by_position"]))
+    }
     for mode, row in drawn.items():
         shares = row["acceptance_by_position"]
         axes.plot(range(1, len(shares) + 1), shares, marker="o", label=mode)
@@ -64,4 +70,4 @@ def _split(axes, rows) -> None:
     axes.invert_yaxis()
     axes.set_xlabel("seconds a generation")
     axes.tick_params(axis="y", labelsize=7)
-    axes.legend()
+    axes.legend(loc="lower center", bbox_to_anchor=(0.5, 1.0), ncols=len(_PHASES), frameon=False)

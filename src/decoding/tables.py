@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from pathlib import PurePosixPath
 
 _BLOCKS = {
     "eager": "Eager: one kernel launch after another, as model.generate pays for them",
@@ -12,12 +13,6 @@ _BLOCKS = {
 
 def tables(rows: Sequence[dict]) -> str:
     """A Markdown block for each mode, then acceptance and spec length by category."""
-    by_category = _by_category(rows)
-    return modes(rows) + (f"\n\n### By category\n\n{by_category}" if by_category else "")
-
-
-def modes(rows: Sequence[dict]) -> str:
-    """A Markdown block for each mode."""
     blocks = []
     for mode, title in _BLOCKS.items():
         of_mode = [row for row in overall(rows) if row["mode"] == mode]
@@ -28,7 +23,48 @@ def modes(rows: Sequence[dict]) -> str:
             "Times are of one generation, prefill included; draft, verify and sample of one round. "
             "S(K): the speedup\nif a round cost nothing but its forwards."
         )
+    by_category = _by_category(rows)
+    if by_category:
+        blocks.append(f"### By category\n\n{by_category}")
     return "\n\n".join(blocks)
+
+
+def summary(results: Sequence[tuple[dict, str]]) -> str:
+    """One line for each (result, address of its figures) and mode: the method with the most
+    tokens/s beside plain decoding, and what it gains in each category where there are several."""
+    header = ["Run", "Card", "Mode", "Plain (tokens/s)", "Speculative", "K", "Acceptance"]
+    header += ["Speedup", "By category"]
+    body = []
+    for result, address in results:
+        rows = [row for row in result["rows"] if row["status"] == "ok"]
+        for mode in _BLOCKS:
+            of_mode = [row for row in overall(rows) if row["mode"] == mode]
+            plain = next((row for row in of_mode if row["method"] == "plain"), None)
+            rated = [row for row in of_mode if row["acceptance_rate"] is not None]
+            if not plain or not rated:
+                continue
+            best = max(rated, key=lambda row: row["tokens_per_s"])
+            categories = [
+                f"{row['prompt_category']} {row['speedup']:.2f}"
+                for row in rows
+                if (row["label"], row["mode"]) == (best["label"], mode)
+                and row["prompt_category"] != "all"
+            ]
+            run = PurePosixPath(address).stem.removeprefix(f"{result['script']}-")
+            body.append(
+                [
+                    f"[{run}]({address})",
+                    result["environment"]["device"].removeprefix("NVIDIA "),
+                    mode,
+                    f"{plain['tokens_per_s']:.0f}",
+                    f"{best['tokens_per_s']:.0f}",
+                    str(best["spec_length"]),
+                    f"{best['acceptance_rate']:.2f}",
+                    f"{best['speedup']:.2f}x",
+                    ", ".join(categories) if len(categories) > 1 else "-",
+                ]
+            )
+    return markdown(header, body)
 
 
 def overall(rows: Sequence[dict]) -> list[dict]:
@@ -130,13 +166,17 @@ def _findings(rows: Sequence[dict]) -> list[str]:
             found.append(
                 f"{mode}: {100 * best['model_share']:.1f} % of its time after prefill is forwards."
             )
-        peer = ok.get((mode, "transformers-assisted"))
+        peer = ok.get(("eager", "transformers-assisted"))  # it has no graphs
         if peer:
             ratio = best["tokens_per_s"] / peer["tokens_per_s"]
-            found.append(f"{mode}: {ratio:.2f} times the tokens/s of assisted generation.")
+            found.append(
+                f"{mode}: {ratio:.2f} times the tokens/s of transformers' assisted generation."
+            )
     if ("eager", "plain") in ok and ("graphed", "plain") in ok:
         ratio = ok["graphed", "plain"]["tokens_per_s"] / ok["eager", "plain"]["tokens_per_s"]
-        found.append(f"CUDA graphs alone make plain decoding {ratio:.2f} times as fast.")
+        found.append(
+            f"Graphs and fused layers alone make plain decoding {ratio:.2f} times as fast."
+        )
     return found
 
 

@@ -600,7 +600,8 @@ int multiprocessors() {
   return count;
 }
 
-// With the first of `ahead, less...` with which all blocks run at once, or the last.
+// With the first of `ahead, less...` that is no more than a warp's chunks and with which all blocks
+// run at once, or the last.
 template <bool normalize, bool many, int tiles, int ahead, int... less, typename Epilogue>
 cudaError_t launch_cut(const Product& a, int warps, const Epilogue& epilogue, void* stream) {
   constexpr int rows = tiles * kTileRows;
@@ -615,7 +616,8 @@ cudaError_t launch_cut(const Product& a, int warps, const Epilogue& epilogue, vo
     const cudaError_t error = cudaOccupancyMaxActiveBlocksPerMultiprocessor(
         &at_once, kernel, warps * kWarp, shared_bytes);
     if (error != cudaSuccess) return error;
-    if (at_once * multiprocessors() < blocks) {
+    const bool has_chunks = (ahead - 1) * warps < a.width / kChunk;
+    if (!has_chunks || at_once * multiprocessors() < blocks) {
       return launch_cut<normalize, many, tiles, less...>(a, warps, epilogue, stream);
     }
   }
