@@ -55,6 +55,11 @@ TESTS = {  # of a file: the test files, and pytest's -k
     "src/randomness.py": (("tests/test_philox.py", "tests/test_samplers.py"), ""),
     "src/contract.py": (("tests/test_contract.py", "tests/test_samplers.py"), ""),
     "src/peers/compat.py": (("tests/test_peers_compat.py",), ""),
+    "src/decoding/from_logits.py": (
+        ("tests/test_decoding.py", "tests/test_decoding_lossless.py"),
+        "from_logits",
+    ),
+    "src/decoding/drafts.py": (("tests/test_decoding.py",), "always_accepted"),
 }
 
 
@@ -395,6 +400,30 @@ MUTANTS = [
         "src/peers/compat.py",
         "draft_probs = draft_logits[expanded_idx_mapping.long(), step]",
         "draft_probs = draft_logits[expanded_idx_mapping.long() * 0, step]",
+    ),
+    Mutant(
+        "without drafts nobody says that none was accepted",
+        POSITIONS,
+        "if (rank == 0 && spec_length == 0) a.base",
+        "if (rank == 0 && spec_length == 0 && a.logsumexp) a.base",
+    ),
+    Mutant(
+        "the loop from logits drops top-k",
+        "src/decoding/from_logits.py",
+        "if top_k and not self.greedy:",
+        "if False:",
+    ),
+    Mutant(
+        "the loop from logits verifies drafts as if they were one-hot",
+        "src/decoding/from_logits.py",
+        "draft_logits=draft_logits,",
+        "draft_logits=None,",
+    ),
+    Mutant(
+        "a draft forgets the token that was its last",
+        "src/decoding/drafts.py",
+        "query, ahead = state.newest, -1",
+        "query, ahead = state.newest[:, 1:], 0",
     ),
 ]
 

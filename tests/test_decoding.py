@@ -63,6 +63,17 @@ def test_greedy_decoding_from_logits_emits_what_plain_decoding_does(draft):
     assert result.stats.not_argmax == 0
 
 
+def test_rounds_from_logits_accept_what_those_from_probabilities_do():
+    def run(sample, distribution):
+        made = decoder(drafting(relative(0), sample), 4, sample, distribution=distribution)
+        return made.generate(PROMPTS, NEW, seeds=[1, 2, 3])
+
+    logits = FromLogits(from_logits.get("vectorized").load(), temperature=1)
+    ours, theirs = run(logits.sample, logits), run(VECTORIZED, Distribution())
+    assert ours.token_ids == theirs.token_ids
+    assert ours.stats.accepted == theirs.stats.accepted
+
+
 def test_the_target_as_its_own_draft_is_always_accepted_and_a_relative_sometimes():
     own = decoder(DRAFTS["the target itself"], 3).generate(PROMPTS, NEW).stats
     assert own.acceptance == 1 and own.mean_accepted_length == 4
