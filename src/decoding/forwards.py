@@ -200,7 +200,7 @@ class ModelForward:
 
     def __call__(self, input_ids, positions, mask, keep, eager=False):
         forward = self.model.forward if eager else self._compiled
-        self._slots.positions = positions
+        self._slots.at(positions)
         config = self.model.config
         previous = config._attn_implementation
         config._attn_implementation = _ATTENTION
@@ -218,9 +218,16 @@ class ModelForward:
 
 
 class _Slots:
-    """Where the forward in progress writes: one buffer shared by all layers."""
+    """Where the forward in progress writes: one index shared by all layers."""
 
-    positions: torch.Tensor  # [B, Q] int64
+    def at(self, positions: torch.Tensor) -> None:
+        self._positions, self._index = positions[:, None, :, None], None
+
+    def index_like(self, states: torch.Tensor) -> torch.Tensor:
+        """The positions for states [B, H, Q, D]: one view for all layers of a shape."""
+        if self._index is None or self._index.shape != states.shape:
+            self._index = self._positions.expand_as(states)
+        return self._index
 
 
 class _SlotLayer(StaticLayer):
@@ -237,9 +244,8 @@ class _SlotLayer(StaticLayer):
     def update(self, key_states, value_states, *args, **kwargs):
         if not self.is_initialized:
             self._allocate(key_states, value_states)
-        index = self.slots.positions[:, None, :, None]
-        self.keys.scatter_(2, index.expand_as(key_states), key_states)
-        self.values.scatter_(2, index.expand_as(value_states), value_states)
+        self.keys.scatter_(2, self.slots.index_like(key_states), key_states)
+        self.values.scatter_(2, self.slots.index_like(value_states), value_states)
         return self.keys, self.values
 
     def _allocate(self, key_states, value_states):

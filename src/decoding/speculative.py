@@ -113,15 +113,15 @@ class _State:
     """What a round reads and writes, all of it on the device."""
 
     def __init__(self, batch_size: int, capacity: int, spec_length: int, device):
-        def zeros(*shape, dtype=torch.int64):
-            return torch.zeros(shape, dtype=dtype, device=device)
+        def zeros(*shape):
+            return torch.zeros(shape, dtype=torch.int64, device=device)
 
         self.tokens = zeros(batch_size, capacity + 1)  # the last column takes what is not kept
         self.start = zeros(batch_size)  # position of the newest token, which no cache holds yet
         # The token before that one and that one; before the first token the first is repeated.
         self.newest = zeros(batch_size, 2)
-        self.limit = zeros(batch_size)  # position of the last token a row may have
-        self.done = zeros(batch_size, dtype=torch.bool)
+        # Position of the last token a row may have; one that has it is done.
+        self.limit = zeros(batch_size)
         self.seeds = zeros(batch_size)
         self.offsets = zeros(batch_size)
         self.rounds = zeros()
@@ -131,15 +131,10 @@ class _State:
         self.not_argmax = zeros()
         self.left = zeros()  # tokens that the row furthest from its limit may still take
 
-    def update_newest(self) -> None:
-        back = torch.arange(-1, 1, device=self.start.device)
-        self.newest.copy_(self.tokens.gather(1, (self.start[:, None] + back).clamp(min=0)))
-
     def clear(self) -> None:
         """No rows: every one is done, and stays where it is in a round."""
         for tensor in vars(self).values():
             tensor.zero_()
-        self.done.fill_(True)
 
 
 class Decoder:
@@ -210,6 +205,9 @@ class Decoder:
             )
         self._state = _State(batch_size, capacity, spec_length, self.device)
         self._eos = torch.tensor(list(eos_token_ids), dtype=torch.int64, device=self.device)
+        self._columns = torch.arange(spec_length + 1, device=self.device)
+        self._following = self._columns + 1
+        self._newest = torch.arange(-1, 1, device=self.device)
         self._none = torch.empty((batch_size, 0), dtype=torch.int64, device=self.device)
         self._capturable = capturable
         self._check_argmax = check
@@ -240,30 +238,38 @@ class Decoder:
         self._advance(output)
 
     def _advance(self, output: SamplerOutput) -> None:
-        state = self._state
-        columns = torch.arange(self.spec_length + 1, device=self.device)
-        active = ~state.done[:, None]
+        # Few operations: each is a launch, in every round.
+        state, columns = self._state, self._columns
+        active = (state.start < state.limit)[:, None]
         num_accepted = output.num_accepted[:, None]
-        position = state.start[:, None] + 1 + columns
+        position = state.start[:, None] + self._following
         keep = active & (columns <= num_accepted) & (position <= state.limit[:, None])
-        is_eos = (output.token_ids[..., None] == self._eos).any(-1) & keep
-        keep = keep & (is_eos.long().cumsum(1) - is_eos.long() == 0)  # up to the first EOS
+        if len(self._eos):
+            is_eos = (output.token_ids[..., None] == self._eos).any(-1) & keep
+            keep = keep & (is_eos.cumsum(1) == is_eos)  # up to the first EOS
         junk = state.tokens.shape[1] - 1
         state.tokens.scatter_(1, torch.where(keep, position, junk), output.token_ids.long())
 
         if self._check_argmax:
             best = Distribution.best(self.distribution, self._logits)  # not by a sampler's kernel
             state.not_argmax += (keep & (output.token_ids != best)).sum()
-        drafted = (self._draft_ids >= 0) & active
         state.rounds += active.sum()
-        state.drafted += drafted.sum(0)
-        state.examined += (drafted & (columns[:-1] <= num_accepted)).sum(0)
-        state.accepted += (active & (columns[:-1] < num_accepted)).sum(0)
+        if self.spec_length:
+            drafted = (self._draft_ids >= 0) & active
+            state.drafted += drafted.sum(0)
+            state.examined += (drafted & (columns[:-1] <= num_accepted)).sum(0)
+            state.accepted += (active & (columns[:-1] < num_accepted)).sum(0)
         state.start += keep.sum(1)
-        state.update_newest()
-        state.done |= is_eos.any(1) | (state.start >= state.limit)
+        if len(self._eos):  # a row has ended where it has reached its limit
+            state.limit.copy_(torch.where(is_eos.any(1), state.start, state.limit))
+        self._update_newest()
         state.offsets += 2 * self.spec_length + 1
-        state.left.copy_((state.limit - state.start).masked_fill(state.done, 0).max())
+        torch.amax(state.limit - state.start, 0, out=state.left)
+
+    def _update_newest(self) -> None:
+        state = self._state
+        at = (state.start[:, None] + self._newest).clamp(min=0)
+        torch.gather(state.tokens, 1, at, out=state.newest)
 
     def _functions(self, profile: bool) -> list[Callable[[], object]]:
         """What to call for a round: the phases where they are timed, else as few as possible."""
@@ -365,12 +371,11 @@ class Decoder:
         state.clear()
         # Rows without a prompt stay done. Shorter prompts are padded on the right: what prefill
         # writes there is behind the mask until the row's own tokens overwrite it.
-        state.done[:count] = False
         state.tokens[:count, :longest] = tokens.to(self.device)
         state.start[:count] = (lengths - 1).to(self.device)
         state.limit[:count] = (lengths - 1 + max_new_tokens).to(self.device)
         state.seeds[:count] = torch.tensor(seeds).to(self.device)
-        state.update_newest()
+        self._update_newest()
         return longest
 
     def _rows(self, prompts) -> list[list[int]]:
