@@ -18,7 +18,7 @@ from src.benchmarking import (
     environment,
     logits,
     plots,
-    report,
+    rendering,
     results,
     sweep,
     timing,
@@ -208,7 +208,7 @@ def test_gpu_time_and_the_floor_have_a_table_and_a_panel(tmp_path):
     )
     for row in result["rows"]:  # no GPU here: the figures only stand in
         row["gpu_us"], row["floor_us"] = row["latency_us"], 1.0
-    assert "GPU time (ms)" in report.table(result)
+    assert "GPU time (ms)" in rendering.table(result)
     plots.over_batch(result, tmp_path / "plot.png")
     assert (tmp_path / "plot.png").stat().st_size > 10_000
 

@@ -17,7 +17,7 @@ ALLOWED = {
     "baseline": {"contract", "randomness"},
     "compiled": {"contract", "randomness"},
     "cuda": {"contract", "randomness"},
-    "decoding": {"contract", "randomness", "samplers"},
+    "decoding": {"contract", "from_logits", "randomness", "samplers"},
     "peers": {"contract", "cuda", "oracle", "randomness"},
     "samplers": {"baseline", "compiled", "contract", "cuda"},
     "from_logits": {"compiled", "contract", "cuda", "samplers"},

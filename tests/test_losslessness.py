@@ -6,7 +6,7 @@ import torch
 from scipy.stats import chisquare
 
 from src import samplers
-from src.benchmarking import losslessness, losslessness_tables, report, results
+from src.benchmarking import losslessness, losslessness_tables, rendering, results
 from src.contract import SamplerOutput
 from src.randomness import philox_uniforms
 
@@ -132,7 +132,7 @@ def test_a_fault_in_one_row_fails_after_bonferroni_over_many():
     losslessness.judge(rows)
     assert [row["status"] for row in rows] == ["ok"] * 5 + ["failed"]
     result = {"script": "losslessness", "rows": rows, "environment": {"alpha": 0.01}}
-    assert "1 rows failed." in report.table(result) and "failed" in report.table(result)
+    assert "1 rows failed." in rendering.table(result) and "failed" in rendering.table(result)
 
 
 def test_the_chi_square_is_scipys():

@@ -18,7 +18,7 @@ from src.benchmarking import (
     compare,
     environment,
     peers,
-    report,
+    rendering,
     results,
     sweep,
     tables,
@@ -223,7 +223,7 @@ def finish(args, result: dict, plot: Callable[[dict, Path], None] | None = None)
     if checked[False]:
         say(args, f"Checked for validity and distribution: {', '.join(checked[False])}")
     say(args, "")
-    say(args, report.table(result))
+    say(args, rendering.table(result))
     if args.old:
         say(args, "\n".join(["", f"Against {args.compare}:", *compare.lines(args.old, result)]))
     return _end(args, result)
@@ -232,13 +232,13 @@ def finish(args, result: dict, plot: Callable[[dict, Path], None] | None = None)
 def finish_untimed(args, result: dict, plot: Callable[[dict, Path], None]) -> int:
     """finish for a result without times."""
     _save(args, result, plot)
-    say(args, report.table(result))
+    say(args, rendering.table(result))
     return _end(args, result)
 
 
 def _save(args, result: dict, plot: Callable[[dict, Path], None] | None) -> None:
     results.write_atomically(args.path, results.dumps(result))
-    results.write_atomically(args.path.with_suffix(".md"), report.document(result))
+    results.write_atomically(args.path.with_suffix(".md"), rendering.document(result))
     if plot:
         plot(result, args.path.with_suffix(".png"))
 

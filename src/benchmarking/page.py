@@ -7,7 +7,7 @@ from html import escape
 from pathlib import Path
 from urllib.parse import quote
 
-from src.benchmarking import compare, report, results
+from src.benchmarking import compare, rendering, results
 from src.benchmarking.tables import bandwidth_fraction, conditions, notes
 
 _HERE = Path(__file__).parent
@@ -112,7 +112,7 @@ def _body(result: dict, name: str, plot: Path) -> list[str]:
     env, rows = result["environment"], result["rows"]
     parts = [f'<p class="conditions">{escape(conditions(result))}<br>']
     parts.append(f"<code>{escape(env['command'])}</code></p>")
-    parts += _items([*report.words(result), *compare.repeated(env)], "words")
+    parts += _items([*rendering.words(result), *compare.repeated(env)], "words")
     if plot.exists():
         data = base64.b64encode(plot.read_bytes()).decode()
         alt = escape(f"Plot of {result['script']}", quote=True)

@@ -10,93 +10,17 @@ from __future__ import annotations
 import argparse
 import re
 import sys
-from collections.abc import Callable
 from pathlib import Path
 
-from src.benchmarking import compare, environment, results
-from src.benchmarking.losslessness_tables import (
-    losslessness_table,
-    losslessness_words,
-    soak_table,
-    soak_words,
-)
-from src.benchmarking.profile_tables import profile_brief, profile_table
-from src.benchmarking.profile_tables import words as words_of_profile
-from src.benchmarking.tables import (
-    batch_table,
-    bullets,
-    conditions,
-    method_table,
-    notes,
-    vocab_brief,
-    vocab_table,
-)
-from src.benchmarking.target_tables import (
-    kernel_brief,
-    kernel_table,
-    kernel_words,
-    logits_brief,
-    logits_table,
-    logits_words,
-)
-from src.decoding import tables as decoding_tables
+from src.benchmarking import environment, page, results
+from src.benchmarking.rendering import SUMMARIES, brief
+from src.benchmarking.tables import conditions, notes
 
 MARKERS = re.compile(r"(<!-- table:([a-z0-9_]+) -->\n).*?(<!-- /table -->)", re.DOTALL)
 
 
 # What runs a script that is not <script>.py at the top level.
 _PROGRAMS = {"kernel": "-m src.benchmarking.kernel", "from_logits": "-m src.benchmarking.logits"}
-
-
-def table(result: dict) -> str:
-    """The Markdown table of a result, by its script."""
-    return _TABLES.get(result["script"], method_table)(result)
-
-
-def document(result: dict) -> str:
-    """The .md beside a result's .json: the machine, the table, the rows with something to say."""
-    env = result["environment"]
-    lines = [f"# {result['script']}", "", conditions(result), "", table(result)]
-    said = [*compare.repeated(env), *notes(result["rows"])]
-    return "\n".join([*lines, *bullets(said), "", f"    {env['command']}", ""])
-
-
-_TABLES: dict[str, Callable[[dict], str]] = {
-    "quick_demo": method_table,
-    "test_batch_sizes": batch_table,
-    "compare_vocab_sizes": vocab_table,
-    "kernel": kernel_table,
-    "from_logits": logits_table,
-    "profile_rejection_sampling": profile_table,
-    "demo_with_real_llm": lambda result: decoding_tables.tables(result["rows"]),
-    "losslessness": losslessness_table,
-    "soak": soak_table,
-}
-
-
-_WORDS: dict[str, Callable[[dict], list[str]]] = {
-    "kernel": kernel_words,
-    "from_logits": logits_words,
-    "profile_rejection_sampling": words_of_profile,
-    "losslessness": losslessness_words,
-    "soak": soak_words,
-}
-
-
-# What the README shows of a result whose table is long.
-_BRIEF: dict[str, Callable[[dict], str]] = {
-    "compare_vocab_sizes": vocab_brief,
-    "kernel": kernel_brief,
-    "from_logits": logits_brief,
-    "profile_rejection_sampling": profile_brief,
-}
-# What it shows of many results of one script, in one table.
-_SUMMARIES = {"demo_with_real_llm": decoding_tables.summary}
-
-
-def words(result: dict) -> list[str]:
-    """What a result's numbers come to in sentences, for the scripts that say so."""
-    return _WORDS.get(result["script"], lambda result: [])(result)
 
 
 def readme_text(readme: str, recorded: Path) -> str:
@@ -115,14 +39,14 @@ def _recorded_tables(script: str, recorded: Path) -> str:
     if not paths:
         program = _PROGRAMS.get(script, f"{script}.py")
         return f"Nothing recorded yet: `python {program}` measures it on your machine."
-    if script in _SUMMARIES:
+    if script in SUMMARIES:
         addresses = [path.with_suffix(".md").relative_to(recorded.parent) for path in paths]
         found = zip(map(results.load, paths), (a.as_posix() for a in addresses), strict=True)
-        return _SUMMARIES[script](list(found))
+        return SUMMARIES[script](list(found))
     blocks = []
     for path in paths:
         result = results.load(path)
-        short = _BRIEF.get(script, table)(result)
+        short = brief(result)
         lines = [f"{conditions(result)}:", "", short]
         if path.stem != script:
             lines[0] = f"`{result['environment']['command']}`, {lines[0]}"
@@ -177,8 +101,6 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def _write_page(parser: argparse.ArgumentParser, folder: Path) -> int:
-    from src.benchmarking import page  # which imports this module
-
     try:
         results.write_atomically(folder / "index.html", page.page(folder))
     except OSError as error:

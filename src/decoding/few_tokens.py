@@ -8,8 +8,7 @@ from __future__ import annotations
 
 import torch
 
-from src.contract import SamplerUnavailable
-from src.cuda.fused_sampler import require
+from src import samplers
 
 _ALIGNMENT = 64  # of widths and rows
 _HEAD_DIMS = (64, 128)
@@ -68,7 +67,7 @@ def fits(shape, layers, head) -> bool:
     ):
         return False
     try:
-        require("cuda")
-    except SamplerUnavailable:
+        samplers.get("cuda").load("cuda")  # the same extension has them
+    except samplers.SamplerUnavailable:
         return False
     return True
