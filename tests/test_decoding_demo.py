@@ -75,6 +75,22 @@ def test_a_wrong_sampler_has_a_failed_row_and_no_speedup(monkeypatch):
     assert "greedy tokens are not the argmax" in row["reason"]
 
 
+def test_the_verification_asked_for_reaches_the_samplers_that_have_it(monkeypatch):
+    from src.compiled import rejection_sampler
+
+    own, seen = rejection_sampler.rejection_sample, []
+
+    def spy(*arguments, verification="token", **random):
+        seen.append(verification)
+        return own(*arguments, verification=verification, **random)
+
+    monkeypatch.setattr(rejection_sampler, "rejection_sample", spy)
+    rows = comparison(temperature=0.9, verification="block").run()
+    assert set(seen) == {"block"} and {row["verification"] for row in rows} == {"block"}
+    reasons = {row["method"]: row["reason"] for row in rows}
+    assert reasons["baseline"] == "it has no block verification" and not reasons["vectorized"]
+
+
 def test_batches_mix_categories_that_do_not_fill_them_and_the_peer_takes_one_prompt():
     compared = comparison(batch_size=2)
     assert [name for name, _ in compared.batches] == ["mixed", "mixed"]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import itertools
 import time
 from collections.abc import Callable, Container, Sequence
@@ -242,7 +243,8 @@ class Comparison:
         )
 
     def _sampling(self, name: str) -> tuple[Callable[..., SamplerOutput], Distribution]:
-        """The sampler of that name, and what it takes of the logits. Raises SamplerUnavailable."""
+        """The sampler of that name, and what it takes of the logits. Raises SamplerUnavailable,
+        and Skipped where it does not verify as asked."""
         settings = self.settings
         if name in _FROM_LOGITS:
             logits = FromLogits(
@@ -255,6 +257,8 @@ class Comparison:
             return logits.sample, logits
         sample = samplers.get(name).load(self.device.type)
         if settings.verification != "token":
+            if "verification" not in inspect.signature(sample).parameters:
+                raise Skipped(f"it has no {settings.verification} verification")
             sample = partial(sample, verification=settings.verification)
         return sample, self.distribution
 
