@@ -22,9 +22,10 @@ struct Heads {
   int queries, capacity, heads, kv_heads, head_dim;
 };
 
-// Each returns a cudaError_t. What x, query, residual, ids and start hold may still be written by
-// the launch in front of it. Weights, tables and slots older than `positions` may not: they are
-// read before that launch has ended.
+// Each returns a cudaError_t. They are launched in the order of few_tokens.py: what x, query,
+// residual, ids and start hold may still be written by the launch in front of it. Weights, tables
+// and slots older than `positions` may not, nor may `positions` in launch_attention: they are read
+// before that launch has ended.
 int launch_embed(const int64_t* ids, const int64_t* start, int64_t row_stride, int64_t stride,
                  int64_t ahead, int64_t vocab_size, int tokens, int width, const Heads& heads,
                  const void* table, const void* rotation, void* x, int64_t* positions,

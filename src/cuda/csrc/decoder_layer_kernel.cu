@@ -11,9 +11,14 @@
 #include <cuda_runtime.h>
 
 #include "decoder_layer.h"
+#include "overlap.cuh"
 
 namespace decoder_layer {
 namespace {
+
+using fused_rejection::allow_next_launch;
+using fused_rejection::prefetch_line;
+using fused_rejection::wait_for_launch_before;
 
 constexpr int kWarp = 32, kQuad = 4;
 constexpr int kTileRows = 8;                    // weight rows of a tensor core product
@@ -26,20 +31,6 @@ constexpr float kLog2E = 1.4426950408889634f;
 using Bf16 = __nv_bfloat16;
 using Pair = __nv_bfloat162;
 
-__device__ __forceinline__ void allow_next_launch() {
-#if __CUDA_ARCH__ >= 900
-  asm volatile("griddepcontrol.launch_dependents;" ::: "memory");
-#endif
-}
-__device__ __forceinline__ void wait_for_launch_before() {
-#if __CUDA_ARCH__ >= 900
-  asm volatile("griddepcontrol.wait;" ::: "memory");
-#endif
-}
-
-__device__ __forceinline__ void prefetch(const void* line) {
-  asm volatile("prefetch.global.L2 [%0];" ::"l"(line));
-}
 // Weights are read once, by one warp.
 __device__ __forceinline__ uint4 load_once(const Bf16* at) {
   uint4 v;
@@ -143,7 +134,7 @@ __global__ void product_kernel(const Product a, const Epilogue epilogue) {
   next.load(row, warp, warps, chunks);
   if (lane < rows && warp + ahead * warps < chunks) {
     const Bf16* line = static_cast<const Bf16*>(a.weights) + epilogue.row(half, lane) * a.width;
-    prefetch(line + (warp + ahead * warps) * kChunk);
+    prefetch_line(line + (warp + ahead * warps) * kChunk);
   }
   const int token = threadIdx.x / half, i = threadIdx.x % half;
   const bool stores = token < a.tokens;
@@ -451,7 +442,7 @@ __global__ void __launch_bounds__(kAttentionWarps* kWarp)
   slots.load(keys, values, stride, warp * kSlots, 0, old);
   for (int slot = round + threadIdx.x / 2; slot < old; slot += blockDim.x / 2) {
     const Bf16* line = (threadIdx.x % 2 ? values : keys) + slot * stride;
-    for (int d = 0; d < head_dim; d += 64) prefetch(line + d);
+    for (int d = 0; d < head_dim; d += 64) prefetch_line(line + d);
   }
   wait_for_launch_before();
   uint4 q[2][steps] = {};
@@ -574,22 +565,18 @@ __global__ void __launch_bounds__(kAttentionWarps* kWarp)
 template <typename... Parameters, typename... Args>
 cudaError_t launch(void (*kernel)(Parameters...), dim3 blocks, int threads, size_t shared_bytes,
                    void* stream, const Args&... args) {
-  // Code compiled for sm_80 runs on later cards too, but it does not wait for the launch before.
   cudaFuncAttributes attributes;
   const cudaError_t error =
       cudaFuncGetAttributes(&attributes, reinterpret_cast<const void*>(kernel));
   if (error != cudaSuccess) return error;
-  const bool waits = attributes.binaryVersion >= 90 && attributes.ptxVersion >= 90;
-  cudaLaunchAttribute overlapping = {};
-  overlapping.id = cudaLaunchAttributeProgrammaticStreamSerialization;
-  overlapping.val.programmaticStreamSerializationAllowed = 1;
+  cudaLaunchAttribute overlapping = fused_rejection::overlapping();
   cudaLaunchConfig_t config = {};
   config.gridDim = blocks;
   config.blockDim = dim3(static_cast<unsigned>(threads));
   config.dynamicSmemBytes = shared_bytes;
   config.stream = static_cast<cudaStream_t>(stream);
   config.attrs = &overlapping;
-  config.numAttrs = waits ? 1 : 0;
+  config.numAttrs = fused_rejection::is_for_sm_90(attributes) ? 1 : 0;
   return cudaLaunchKernelEx(&config, kernel, Parameters(args)...);
 }
 
@@ -653,10 +640,6 @@ cudaError_t launch_heads(const Heads& shape, int batch_size, const Bf16* query, 
 
 }  // namespace
 
-// How products are cut: near the fastest (within 2 %) of those with one to four tiles, one to eight
-// chunks ahead and 4 to 16 warps, in whole forwards of Llama-3.2's and Qwen2.5's shapes on an H100
-// (docs/decoding.md).
-
 int launch_embed(const int64_t* ids, const int64_t* start, int64_t row_stride, int64_t stride,
                  int64_t ahead, int64_t vocab_size, int tokens, int width, const Heads& heads,
                  const void* table, const void* rotation, void* x, int64_t* positions,
@@ -678,6 +661,10 @@ int launch_embed(const int64_t* ids, const int64_t* start, int64_t row_stride, i
                     positions};
   return launch(embed_kernel, dim3(static_cast<unsigned>(tokens)), 128, 0, stream, a);
 }
+
+// How products are cut: near the fastest (within 2 %) of those with one to four tiles, one to eight
+// chunks ahead and 4 to 16 warps, in whole forwards of Llama-3.2's and Qwen2.5's shapes on an H100
+// (docs/decoding.md).
 
 int launch_qkv(const Product& a, const Heads& heads, const void* bias, const void* rotated,
                const int64_t* positions, void* query, void* cache, void* stream) {

@@ -107,8 +107,8 @@ cudaError_t describe(const void* const (&kernels)[n], int ordinal, Device* devic
   if (error != cudaSuccess) return error;
   *device = {device->multiprocessors, attributes.maxThreadsPerBlock / kWarp, {}, 0, 0, {}};
   device->shared_bytes = std::min(kMaxSharedBytes, most_shared - kStaticSharedBytes);
-  // Code compiled for sm_80 runs on later cards too, but its cluster instructions are left out.
-  if (major < 9 || attributes.binaryVersion < 90 || attributes.ptxVersion < 90) return cudaSuccess;
+  // Without such code the cluster instructions are left out too.
+  if (major < 9 || !is_for_sm_90(attributes)) return cudaSuccess;
   device->largest_cluster = kLargestCluster;
   for (const void* kernel : kernels) {
     error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
@@ -217,16 +217,6 @@ cudaLaunchConfig_t configure(int64_t blocks, int threads, cudaStream_t stream) {
   config.blockDim = dim3(static_cast<unsigned>(threads));
   config.stream = stream;
   return config;
-}
-
-// On cards with clusters: the launch may start while the one before it in the stream ends, or from
-// where that one allows it (allow_next_launch). The kernel touches no memory before
-// wait_for_launch_before(). What starting a launch costs is then partly hidden.
-cudaLaunchAttribute overlapping() {
-  cudaLaunchAttribute attribute = {};
-  attribute.id = cudaLaunchAttributeProgrammaticStreamSerialization;
-  attribute.val.programmaticStreamSerializationAllowed = 1;
-  return attribute;
 }
 
 template <typename... Parameters, typename... Args>

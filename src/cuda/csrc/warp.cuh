@@ -11,6 +11,8 @@
 #else
 #include <cuda_runtime.h>
 
+#include "overlap.cuh"
+
 #define FR_DYNAMIC_SHARED(type, name)                           \
   extern __shared__ __align__(16) unsigned char name##_bytes[]; \
   type* name = reinterpret_cast<type*>(name##_bytes)
@@ -183,23 +185,6 @@ __device__ __forceinline__ void wait_for_arrivals(uint64_t* barrier, int parity)
         : "memory");
   }
 #endif
-}
-
-// The next launch in the stream, if it was launched so, may start once every block has said this;
-// it has the memory that this launch wrote once wait_for_launch_before() returns.
-__device__ __forceinline__ void allow_next_launch() {
-#if __CUDA_ARCH__ >= 900
-  asm volatile("griddepcontrol.launch_dependents;" ::: "memory");
-#endif
-}
-__device__ __forceinline__ void wait_for_launch_before() {
-#if __CUDA_ARCH__ >= 900
-  asm volatile("griddepcontrol.wait;" ::: "memory");
-#endif
-}
-
-__device__ __forceinline__ void prefetch_line(const void* line) {
-  asm volatile("prefetch.global.L2 [%0];" ::"l"(line));
 }
 
 }  // namespace
