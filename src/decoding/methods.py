@@ -245,17 +245,16 @@ class Comparison:
     def _sampling(self, name: str) -> tuple[Callable[..., SamplerOutput], Distribution]:
         """The sampler of that name, and what it takes of the logits. Raises SamplerUnavailable,
         and Skipped where it does not verify as asked."""
-        settings = self.settings
+        settings, sample = self.settings, _load(name, self.device.type)
         if name in _FROM_LOGITS:
             logits = FromLogits(
-                from_logits.get(_FROM_LOGITS[name]).load(self.device.type),
+                sample,
                 temperature=settings.temperature,
                 top_k=settings.top_k,
                 top_p=settings.top_p,
                 verification=settings.verification,
             )
             return logits.sample, logits
-        sample = samplers.get(name).load(self.device.type)
         if settings.verification != "token":
             if "verification" not in inspect.signature(sample).parameters:
                 raise Skipped(f"it has no {settings.verification} verification")
@@ -517,15 +516,20 @@ def _batches(prompts: Sequence[Prompt], size: int) -> list[tuple[str, tuple[Prom
     ]
 
 
+def _load(name: str, device: str):
+    """The sampler of a method's name: of probabilities, or the module of one from logits. Raises
+    SamplerUnavailable."""
+    if name in _FROM_LOGITS:
+        return from_logits.get(_FROM_LOGITS[name]).load(device)
+    return samplers.get(name).load(device)
+
+
 def _last_available(device: str, without: Container[str] = ()) -> str:
     for name in reversed(SAMPLERS[device]):
         if name in without:
             continue
         try:
-            if name in _FROM_LOGITS:
-                from_logits.get(_FROM_LOGITS[name]).load(device)
-            else:
-                samplers.get(name).load(device)
+            _load(name, device)
         except samplers.SamplerUnavailable:
             continue
         return name

@@ -38,12 +38,9 @@ def summary(results: Sequence[tuple[dict, str]]) -> str:
     for result, address in results:
         rows = [row for row in result["rows"] if row["status"] == "ok"]
         for mode in _BLOCKS:
-            of_mode = [row for row in overall(rows) if row["mode"] == mode]
-            plain = next((row for row in of_mode if row["method"] == "plain"), None)
-            rated = [row for row in of_mode if row["acceptance_rate"] is not None]
-            if not plain or not rated:
+            plain, best = _plain_and_best(overall(rows), mode)
+            if not best:
                 continue
-            best = max(rated, key=lambda row: row["tokens_per_s"])
             categories = [
                 f"{row['prompt_category']} {row['speedup']:.2f}"
                 for row in rows
@@ -65,6 +62,17 @@ def summary(results: Sequence[tuple[dict, str]]) -> str:
                 ]
             )
     return markdown(header, body)
+
+
+def _plain_and_best(ran: Sequence[dict], mode: str) -> tuple[dict | None, dict | None]:
+    """Of rows that ran, a mode's plain decoding and the speculative method with the most tokens/s;
+    (None, None) where one of the two is missing."""
+    of_mode = [row for row in ran if row["mode"] == mode]
+    plain = next((row for row in of_mode if row["method"] == "plain"), None)
+    rated = [row for row in of_mode if row["acceptance_rate"] is not None]
+    if not plain or not rated:
+        return None, None
+    return plain, max(rated, key=lambda row: row["tokens_per_s"])
 
 
 def overall(rows: Sequence[dict]) -> list[dict]:
@@ -148,11 +156,9 @@ def _findings(rows: Sequence[dict]) -> list[str]:
     ran = [row for row in overall(rows) if row["status"] == "ok"]
     ok = {(row["mode"], row["method"]): row for row in ran}
     for mode in _BLOCKS:
-        plain = ok.get((mode, "plain"))
-        rated = [row for row in ran if row["mode"] == mode and row["acceptance_rate"] is not None]
-        if not plain or not rated:
+        _, best = _plain_and_best(ran, mode)
+        if not best:
             continue
-        best = max(rated, key=lambda row: row["tokens_per_s"])
         verb = "gains over" if best["speedup"] > 1 else "does not pay against"
         found.append(
             f"{mode}: {best['label']} {verb} plain decoding: {best['speedup']:.2f}x at acceptance "
