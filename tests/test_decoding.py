@@ -177,7 +177,7 @@ def test_forced_acceptance_accepts_at_its_rate(rate):
 def test_prompt_lookup_proposes_what_followed_the_longest_then_latest_match():
     prompt = [1, 2, 3, 50, 9, 2, 3, 51, 52, 53, 7, 3, 54, 1, 2, 3]
     lookup = decoder(DRAFTS["prompt lookup"], 3)
-    lookup._fill([prompt, [4, 5, 6], [8, 8, 8, 8]], NEW, None)
+    lookup._state.fill([prompt, [4, 5, 6], [8, 8, 8, 8]], NEW, [0, 1, 2])
     draft, probs = lookup.draft.propose(lookup._state, 3, None)
     assert probs is None
     assert draft.tolist() == [[50, 9, 2], [-1, -1, -1], [8, -1, -1]]

@@ -11,7 +11,7 @@ from src.benchmarking import environment, results
 from src.decoding import models, options, tables
 from src.decoding.methods import Comparison, Method, Settings
 from src.decoding.prompts import Prompt
-from src.decoding.speculative import Stats
+from src.decoding.speculative import Generation, Stats
 from tests.tiny import llama, relative
 
 PROMPTS = [Prompt(1, "code", "a b a b a"), Prompt(2, "math", "b a a"), Prompt(3, "math", "a")]
@@ -107,35 +107,41 @@ def test_batches_mix_categories_that_do_not_fill_them_and_the_peer_takes_one_pro
 def test_auto_measures_the_spec_length_and_falls_back_to_plain(monkeypatch):
     compared = comparison(spec_lengths=["auto"])
     fast = Method("vectorized", "", "eager", "auto")
-    monkeypatch.setattr("src.decoding.spec_length.choose", lambda *args: (2, 1.5))
+    monkeypatch.setattr("src.decoding.spec_length.choose", lambda seconds: 2)
     assert compared.spec_length(fast, "code") == 2
-    monkeypatch.setattr("src.decoding.spec_length.choose", lambda *args: (0, 1.0))
+    monkeypatch.setattr("src.decoding.spec_length.choose", lambda seconds: 0)
     assert compared.spec_length(fast, "math") == 0
     generated = compared.generate(fast, compared.batches[1][1])
     assert generated.stats.drafted == [], "nothing is drafted where nothing pays"
 
 
-def test_auto_finds_the_best_length_where_two_tokens_cost_more_than_one_and_three_no_more(
-    monkeypatch,
-):
+@pytest.mark.parametrize("slow, best", [((), 3), ((3,), 4), ((2, 3, 4), 0)])
+def test_auto_tries_the_lengths_that_should_be_best_and_takes_the_fastest(monkeypatch, slow, best):
+    """Two tokens cost more than one, and three no more. slow: lengths that turn out worse."""
     # Rounds of Llama-3.2 shapes on an H100: a plain step 2.64 ms, a verify forward 3.33.
-    times = {0: 2.64, 1: 4.81, 8: 4.81 + 7 * 1.045}
-    accepted = [round(1000 * 0.8**k) for k in range(1, 9)]
+    times = {0: 2.64} | {k: 4.81 + (k - 1) * 1.045 for k in range(1, 17)}
+    accepted = [round(1000 * 0.8**k) for k in range(1, 17)]
+    tried = []
 
-    def measure(self, method, length, batches):
-        return times[length], [Stats(rounds=1000, accepted=accepted[:length])]
+    def measure(self, method, length, batches, profile=False):
+        tried.append(length)
+        emitted = 1000 + sum(accepted[:length])
+        stats = Stats(rounds=1000, steps=1000, tokens=emitted, accepted=accepted[:length])
+        seconds = times[length]
+        if profile:
+            stats.seconds = {"draft": seconds}
+        elif length in slow:
+            seconds *= 1.5
+        return [Generation([], seconds, 0.0, stats)]
 
     monkeypatch.setattr(Comparison, "_measure", measure)
     compared = comparison(spec_lengths=["auto"])
-    chosen = compared.spec_length(Method("vectorized", "", "eager", "auto"), "code")
-    speedups = [
-        (1 + sum(accepted[:k]) / 1000) * 2.64 / (4.81 + (k - 1) * 1.045) for k in range(1, 9)
-    ]
-    assert chosen == 1 + speedups.index(max(speedups)) == 3
+    assert compared.spec_length(Method("vectorized", "", "eager", "auto"), "code") == best
+    assert tried == [0, 1, 8, 0, 3, 4, 2]
 
 
 def test_several_spec_lengths_run_the_fastest_sampler_at_each(monkeypatch):
-    monkeypatch.setattr("src.decoding.spec_length.choose", lambda *args: (3, 1.5))
+    monkeypatch.setattr("src.decoding.spec_length.choose", lambda seconds: 3)
     rows = comparison(spec_lengths=[1, 3, "auto"]).run()
     ran = [row for row in rows if row["status"] == "ok" and row["prompt_category"] == "all"]
     assert [row["spec_length"] for row in ran] == [0, 1, 3, 3]

@@ -43,8 +43,7 @@ class ModelDraft:
                 token = distribution.best(logits)[:, -1]
             else:
                 q = distribution(logits)
-                offsets = state.offsets + step
-                token = draw_tokens(self.draw, q, state.seeds, offsets)
+                token = draw_tokens(self.draw, q, state.seeds, state.offsets[step])
                 probs.append(q)
             token_ids.append(token)
             query, ahead = token[:, None], step + 1

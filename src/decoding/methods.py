@@ -5,7 +5,7 @@ from __future__ import annotations
 import inspect
 import itertools
 import time
-from collections.abc import Callable, Container, Sequence
+from collections.abc import Callable, Container, Iterable, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from typing import NamedTuple
@@ -42,7 +42,7 @@ PEER_PLAIN = "transformers"
 PEER_ASSISTED = "transformers-assisted"
 _READS_ON_HOST = ("baseline",)
 _CALIBRATION_LENGTHS = (1, 8)
-_CALIBRATION_BATCHES = 3
+_CALIBRATION_BATCHES = 5
 
 
 class Method(NamedTuple):
@@ -282,30 +282,34 @@ class Comparison:
         that draws. The same K then serves every sampler of the mode."""
         fast = method._replace(name=self._fastest)
         batches = [batch for name, batch in self.batches if name == category]
+        batches = batches[:_CALIBRATION_BATCHES]
         few, many = _CALIBRATION_LENGTHS
-        (step, _), (short, _), (long, stats) = (
-            self._measure(fast, length, batches[:_CALIBRATION_BATCHES]) for length in (0, few, many)
-        )
+        plain, short, long = (self._measure(fast, k, batches, profile=True) for k in (0, few, many))
         # A round's time is a line through those of two lengths. It does not pass through a plain
         # step's: a forward of two tokens may cost much more than one of one, and of three no more.
-        draft = max(0.0, long - short) / (many - few)
-        cost = lengths.Cost(draft / step, (short - few * draft) / step, 0.0)
-        rounds = sum(one.rounds for one in stats)
-        accepted = [sum(counts) for counts in zip(*(one.accepted for one in stats), strict=True)]
-        return lengths.choose(accepted, rounds, cost)[0]
+        step, one, several = (_seconds_a_round(made) for made in (plain, short, long))
+        draft = max(0.0, several - one) / (many - few)
+        cost = lengths.Cost(draft / step, (one - few * draft) / step, 0.0)
+        stats = _summed(made.stats for made in long)
+        tried = lengths.candidates(stats.accepted, stats.rounds, cost)
+        # Their expected speedups differ by less than what a text's own acceptance does.
+        made = {k: self._measure(fast, k, batches) for k in (0, *tried)}
+        return lengths.choose({k: _seconds_a_token(results) for k, results in made.items()})
 
-    def _measure(self, method: Method, length: int, batches) -> tuple[float, list[Stats]]:
-        """Seconds a round at that length, and what was accepted of each batch."""
-        decoder, stats = self.decoder(method, length), []
-        new = self.settings.max_new_tokens
-        for seed, chosen in ((0, batches[:1]), (1, batches)):  # the first to warm up
-            for batch in chosen:
-                ids = [self._ids[prompt] for prompt in batch]
-                made = decoder.generate(ids, new, seeds=[seed] * len(ids), profile=True)
-                stats.append(made.stats)
-        stats = stats[1:]
-        seconds = sum(sum(one.seconds.values()) for one in stats)
-        return seconds / sum(one.steps for one in stats), stats
+    def _measure(
+        self, method: Method, length: int, batches, profile: bool = False
+    ) -> list[Generation]:
+        """A generation of each batch at that length."""
+        decoder, new = self.decoder(method, length), self.settings.max_new_tokens
+
+        def generate(batch):
+            ids = [self._ids[prompt] for prompt in batch]
+            return decoder.generate(
+                ids, new, seeds=[self.settings.seed] * len(ids), profile=profile
+            )
+
+        generate(batches[0])  # to warm up
+        return [generate(batch) for batch in batches]
 
     def _by_transformers(self, method: Method, ids: list[list[int]], category: str) -> Generation:
         options = self._peer_options(method, category)
@@ -536,7 +540,16 @@ def _last_available(device: str, without: Container[str] = ()) -> str:
     raise AssertionError("vectorized runs everywhere")
 
 
-def _summed(stats) -> Stats:
+def _seconds_a_round(made: Sequence[Generation]) -> float:
+    seconds = sum(sum(one.stats.seconds.values()) for one in made)
+    return seconds / sum(one.stats.steps for one in made)
+
+
+def _seconds_a_token(made: Sequence[Generation]) -> float:
+    return sum(one.seconds for one in made) / sum(one.stats.tokens for one in made)
+
+
+def _summed(stats: Iterable[Stats]) -> Stats:
     """Counts added up, for generations whose spec lengths may differ."""
     total = Stats()
     for one in stats:

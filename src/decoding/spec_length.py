@@ -1,4 +1,5 @@
-"""How many tokens to draft: what a round yields against what it costs, from measured figures.
+"""How many tokens to draft: what a round yields against what it costs, from measured figures, and
+then a trial of the best.
 
 Costs are in plain decoding steps: c a draft step and what its token adds to the verify forward, v a
 verify forward of drafts without that, o everything else in a round.
@@ -6,10 +7,10 @@ verify forward of drafts without that, o everything else in a round.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
-# The longest draft that `choose` considers.
+# The longest draft that `candidates` considers.
 LONGEST = 16
 
 
@@ -45,16 +46,25 @@ def expected_speedup(shares: Sequence[float], cost: Cost) -> float:
     return (1 + sum(shares)) / (len(shares) * cost.draft + cost.verify + cost.other)
 
 
-def choose(
+def candidates(
     accepted: Sequence[int],
     rounds: int,
     cost: Cost,
     *,
     longest: int = LONGEST,
-    margin: float = 1.02,
-) -> tuple[int, float]:
-    """(K, S(K)) of the K in 1..longest with the largest expected speedup; (0, 1.0), plain decoding,
-    where none reaches `margin`."""
+    count: int = 3,
+    least: float = 0.95,
+) -> list[int]:
+    """The K in 1..longest worth a trial: the `count` of the largest expected speedups, the largest
+    first, without those below `least`."""
     shares = survival(accepted, rounds, longest)
-    speedup, length = max((expected_speedup(shares[:k], cost), -k) for k in range(1, longest + 1))
-    return (-length, speedup) if speedup >= margin else (0, 1.0)
+    speedups = {k: expected_speedup(shares[:k], cost) for k in range(1, longest + 1)}
+    best = sorted(speedups, key=lambda k: -speedups[k])[:count]
+    return [k for k in best if speedups[k] >= least]
+
+
+def choose(seconds: Mapping[int, float], *, margin: float = 1.02) -> int:
+    """Of the K tried, that of the fewest seconds a token; 0, plain decoding, which was tried too,
+    where none is `margin` times as fast."""
+    best = min(seconds, key=seconds.__getitem__)
+    return best if seconds[best] * margin <= seconds[0] else 0

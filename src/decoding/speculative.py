@@ -19,6 +19,7 @@ import torch
 from src.contract import SamplerOutput
 from src.decoding import graphs
 from src.decoding.cache import CachedModel
+from src.decoding.state import State
 
 PHASES = ("draft", "verify", "sample")
 MODES = ("eager", "graphed")
@@ -109,34 +110,6 @@ class Generation:
     stats: Stats
 
 
-class _State:
-    """What a round reads and writes, all of it on the device."""
-
-    def __init__(self, batch_size: int, capacity: int, spec_length: int, device):
-        def zeros(*shape):
-            return torch.zeros(shape, dtype=torch.int64, device=device)
-
-        self.tokens = zeros(batch_size, capacity + 1)  # the last column takes what is not kept
-        self.start = zeros(batch_size)  # position of the newest token, which no cache holds yet
-        # The token before that one and that one; before the first token the first is repeated.
-        self.newest = zeros(batch_size, 2)
-        # Position of the last token a row may have; one that has it is done.
-        self.limit = zeros(batch_size)
-        self.seeds = zeros(batch_size)
-        self.offsets = zeros(batch_size)
-        self.rounds = zeros()
-        self.drafted = zeros(spec_length)
-        self.examined = zeros(spec_length)
-        self.accepted = zeros(spec_length)
-        self.not_argmax = zeros()
-        self.left = zeros()  # tokens that the row furthest from its limit may still take
-
-    def clear(self) -> None:
-        """No rows: every one is done, and stays where it is in a round."""
-        for tensor in vars(self).values():
-            tensor.zero_()
-
-
 class Decoder:
     """Decodes up to batch_size prompts at a time; buffers and graphs are kept between calls.
 
@@ -203,11 +176,9 @@ class Decoder:
                 f"the draft's vocabulary has {drafting.vocab_size} tokens and the target's "
                 f"{self.target.vocab_size}; wanted the same vocabulary"
             )
-        self._state = _State(batch_size, capacity, spec_length, self.device)
-        self._eos = torch.tensor(list(eos_token_ids), dtype=torch.int64, device=self.device)
+        self._state = State(batch_size, capacity, spec_length, eos_token_ids, self.device)
         self._columns = torch.arange(spec_length + 1, device=self.device)
-        self._following = self._columns + 1
-        self._newest = torch.arange(-1, 1, device=self.device)
+        self._not_argmax = torch.zeros((), dtype=torch.int64, device=self.device)
         self._none = torch.empty((batch_size, 0), dtype=torch.int64, device=self.device)
         self._capturable = capturable
         self._check_argmax = check
@@ -232,51 +203,25 @@ class Decoder:
             self._draft_probs,
             self.distribution(self._logits),
             seeds=state.seeds,
-            # The draft drew its tokens with the first K uniforms of this round.
-            offsets=state.offsets + self.spec_length,
+            offsets=state.offsets[-1],
         )
-        self._advance(output)
-
-    def _advance(self, output: SamplerOutput) -> None:
-        # Few operations: each is a launch, in every round.
-        state, columns = self._state, self._columns
-        active = (state.start < state.limit)[:, None]
-        num_accepted = output.num_accepted[:, None]
-        position = state.start[:, None] + self._following
-        keep = active & (columns <= num_accepted) & (position <= state.limit[:, None])
-        if len(self._eos):
-            is_eos = (output.token_ids[..., None] == self._eos).any(-1) & keep
-            keep = keep & (is_eos.cumsum(1) == is_eos)  # up to the first EOS
-        junk = state.tokens.shape[1] - 1
-        state.tokens.scatter_(1, torch.where(keep, position, junk), output.token_ids.long())
-
+        before = state.start.clone() if self._check_argmax else None
+        state.advance(output, self._draft_ids)
         if self._check_argmax:
+            kept = self._columns < (state.start - before)[:, None]
             best = Distribution.best(self.distribution, self._logits)  # not by a sampler's kernel
-            state.not_argmax += (keep & (output.token_ids != best)).sum()
-        state.rounds += active.sum()
-        if self.spec_length:
-            drafted = (self._draft_ids >= 0) & active
-            state.drafted += drafted.sum(0)
-            state.examined += (drafted & (columns[:-1] <= num_accepted)).sum(0)
-            state.accepted += (active & (columns[:-1] < num_accepted)).sum(0)
-        state.start += keep.sum(1)
-        if len(self._eos):  # a row has ended where it has reached its limit
-            state.limit.copy_(torch.where(is_eos.any(1), state.start, state.limit))
-        self._update_newest()
-        state.offsets += 2 * self.spec_length + 1
-        torch.amax(state.limit - state.start, 0, out=state.left)
+            self._not_argmax += (kept & (output.token_ids != best)).sum()
 
-    def _update_newest(self) -> None:
-        state = self._state
-        at = (state.start[:, None] + self._newest).clamp(min=0)
-        torch.gather(state.tokens, 1, at, out=state.newest)
+    def _clear(self) -> None:
+        self._state.clear()
+        self._not_argmax.zero_()
 
     def _functions(self, profile: bool) -> list[Callable[[], object]]:
         """What to call for a round: the phases where they are timed, else as few as possible."""
         phases = [self._draft, self._verify, self._sample]
         if self.mode == "eager":
             return phases
-        clear = self._state.clear
+        clear = self._clear
         if not self._capturable:
             if self._graphed_phases is None:
                 self._graphed_phases = [*graphs.capture(phases[:2], clear), self._sample]
@@ -312,7 +257,10 @@ class Decoder:
         """
         self._check(prompts, max_new_tokens, seeds)
         functions = self._functions(profile)
-        longest = self._fill(prompts, max_new_tokens, seeds)
+        if seeds is None:
+            seeds = torch.randint(2**62, (len(prompts),)).tolist()
+        self._not_argmax.zero_()
+        longest = self._state.fill(prompts, max_new_tokens, seeds)
         clock = _Clock(self.device)
         begin = clock.synchronized()
         clock.mark("prefill")
@@ -359,39 +307,15 @@ class Decoder:
                     f"max_new_tokens = {self.max_length - max_new_tokens}"
                 )
 
-    def _fill(self, prompts, max_new_tokens, seeds) -> int:
-        state, count = self._state, len(prompts)
-        lengths = torch.tensor([len(prompt) for prompt in prompts])
-        longest = int(lengths.max())
-        tokens = torch.zeros((count, longest), dtype=torch.int64)
-        for row, prompt in enumerate(prompts):
-            tokens[row, : len(prompt)] = torch.tensor(prompt)
-        if seeds is None:
-            seeds = torch.randint(2**62, (count,)).tolist()
-        state.clear()
-        # Rows without a prompt stay done. Shorter prompts are padded on the right: what prefill
-        # writes there is behind the mask until the row's own tokens overwrite it.
-        state.tokens[:count, :longest] = tokens.to(self.device)
-        state.start[:count] = (lengths - 1).to(self.device)
-        state.limit[:count] = (lengths - 1 + max_new_tokens).to(self.device)
-        state.seeds[:count] = torch.tensor(seeds).to(self.device)
-        self._update_newest()
-        return longest
-
-    def _rows(self, prompts) -> list[list[int]]:
-        ends = self._state.start.tolist()
-        tokens = self._state.tokens.tolist()
-        return [tokens[row][: ends[row] + 1] for row in range(len(prompts))]
-
     def _report(self, on_tokens, sent: list[int]) -> None:
-        for row, text in enumerate(self._rows(sent)):
+        for row, text in enumerate(self._state.rows(len(sent))):
             if len(text) > sent[row]:
                 on_tokens(row, text[sent[row] :])
                 sent[row] = len(text)
 
     def _result(self, prompts, seconds, marked, steps, profile) -> Generation:
         state = self._state
-        rows = self._rows(prompts)
+        rows = state.rows(len(prompts))
         new = [row[len(prompt) :] for row, prompt in zip(rows, prompts, strict=True)]
         stats = Stats(
             rounds=int(state.rounds),
@@ -400,7 +324,7 @@ class Decoder:
             drafted=state.drafted.tolist(),
             examined=state.examined.tolist(),
             accepted=state.accepted.tolist(),
-            not_argmax=int(state.not_argmax),
+            not_argmax=int(self._not_argmax),
             seconds={name: marked.get(name, 0.0) for name in PHASES} if profile else {},
         )
         return Generation(new, seconds, marked["prefill"], stats)

@@ -28,6 +28,7 @@ FAST = (
     "product_kernel",
     "attention_kernel",
     "embed_kernel",
+    "advance_kernel",
 )
 OTHERS = ("thread_per_row_kernel", "threshold_kernel", "finish_kernel", "floor_kernel")
 KERNEL = re.compile(rf"\d({'|'.join((*FAST, *OTHERS))})[IE]")  # in a mangled name

@@ -13,12 +13,13 @@ from setuptools import setup
 from torch.utils.cpp_extension import CUDA_HOME, BuildExtension, CppExtension, CUDAExtension
 
 NAME = "fused_rejection_C"
-BINDINGS = ["fused_rejection.cpp", "from_logits.cpp", "decoder_layer.cpp"]
+BINDINGS = ["fused_rejection.cpp", "from_logits.cpp", "decoder_layer.cpp", "decoding_round.cpp"]
 KERNELS = [
     "fused_rejection_kernel.cu",
     "from_logits_kernel.cu",
     "floor_kernel.cu",
     "decoder_layer_kernel.cu",
+    "decoding_round_kernel.cu",
 ]
 EVERY_ARCHITECTURE = "8.0;8.6;9.0;12.0+PTX"
 # No contraction of a * b + c: tokens are bit-identical on every machine.
