@@ -63,13 +63,14 @@ def test_logits_are_of_the_normalized_row(width, tokens):
     assert_near(logits, *product(normalized(x, norm), weights))
 
 
+@pytest.mark.parametrize("later_bytes", [0, 1 << 30])
 @pytest.mark.parametrize("tokens", TOKENS)
 @pytest.mark.parametrize("width", WIDTHS)
-def test_one_half_of_the_rows_gates_the_other(width, tokens):
+def test_one_half_of_the_rows_gates_the_other(width, tokens, later_bytes):
     x, norm = random(tokens, width, scale=3), random(width)
     weights = random(384, width, scale=width**-0.5)
     gated = x.new_full((tokens, 192), torch.nan)
-    operators().gated(x, norm, EPSILON, weights, gated)
+    operators().gated(x, norm, EPSILON, weights, gated, weights, later_bytes)
     exact, terms = product(normalized(x, norm), weights)
     (gate, up), (gate_terms, up_terms) = exact.chunk(2, -1), terms.chunk(2, -1)
     # The slope of silu is at most 1.1.
@@ -178,7 +179,7 @@ def test_a_token_gets_the_same_bits_whatever_is_beside_it(width):
         logits, gated, residual = x.new_empty(len(x), 384), x.new_empty(len(x), 192), x[:, :192]
         residual = residual.repeat(1, 3)[:, :192].contiguous()
         operators().logits(x, norm, EPSILON, weights, logits)
-        operators().gated(x, norm, EPSILON, weights, gated)
+        operators().gated(x, norm, EPSILON, weights, gated, weights, 0)
         operators().add(x, down, residual)
         return torch.cat((logits, gated, residual), 1)
 

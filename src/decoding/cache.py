@@ -81,8 +81,8 @@ class CachedModel:
         replay()
 
     def _prefill(self, input_ids: torch.Tensor) -> None:
-        # Every prompt has its own length: compiling would start over for each.
-        self._run(input_ids, torch.zeros_like(input_ids[:, 0]), 1, eager=True)
+        positions = self._positions(input_ids, torch.zeros_like(input_ids[:, 0]))
+        self.engine.prefill(input_ids, positions, lambda: self._mask(positions))
 
     @torch.no_grad()
     def forward(
@@ -98,12 +98,11 @@ class CachedModel:
         few = self.engine.few
         if few and input_ids.numel() <= few.most_tokens:
             return few(input_ids, start, keep, ahead)
-        return self._run(input_ids, start + ahead if ahead else start, keep)
+        positions = self._positions(input_ids, start + ahead if ahead else start)
+        return self.engine(input_ids, positions, lambda: self._mask(positions), keep)
 
-    def _run(self, input_ids, start, keep, eager=False):
-        steps = self._columns[: input_ids.shape[1]]
-        positions = (start[:, None] + steps).clamp(min=0)
-        return self.engine(input_ids, positions, lambda: self._mask(positions), keep, eager)
+    def _positions(self, input_ids, start):
+        return (start[:, None] + self._columns[: input_ids.shape[1]]).clamp(min=0)
 
     def _mask(self, positions):
         # Additive, in the model's dtype: SDPA would convert a boolean one in every layer.

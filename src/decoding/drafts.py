@@ -7,6 +7,7 @@ draft) without reading a tensor on the host.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 
 import numpy as np
@@ -110,18 +111,23 @@ def forced_acceptance(sample: Callable[..., SamplerOutput], rate: float, device=
     uniforms = np.random.default_rng(0).random(_FORCED)
     with np.errstate(divide="ignore", invalid="ignore"):
         lengths = np.floor(np.log(uniforms) / np.log(rate)) if rate < 1 else np.full(_FORCED, 2**30)
-    table = torch.from_numpy(np.minimum(lengths, 2**30).astype(np.int32)).to(device)
+
+    @functools.cache
+    def table(spec_length: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """Tokens accepted, and where each emitted one comes from: draft token 0 to K - 1, K the
+        one drawn, K + 1 none."""
+        accepted = torch.from_numpy(np.minimum(lengths, spec_length).astype(np.int32))
+        columns, last = torch.arange(spec_length + 1), accepted[:, None]
+        source = columns.where(columns < last, spec_length + (columns > last).long())
+        return accepted.to(device), source.to(device)
 
     def forced(draft_token_ids, draft_probs, target_probs, *, seeds, offsets):
         real = sample(draft_token_ids, draft_probs, target_probs, seeds=seeds, offsets=offsets)
-        spec_length = draft_token_ids.shape[1]
-        num_accepted = table[(seeds * 7919 + offsets) % _FORCED].clamp(max=spec_length)
-        last = num_accepted[:, None].long()
+        accepted, source = table(draft_token_ids.shape[1])
+        at = torch.add(offsets, seeds, alpha=7919) % _FORCED
         drawn = real.token_ids.gather(1, real.num_accepted[:, None].long())
-        padded = torch.nn.functional.pad(draft_token_ids, (0, 1), value=PLACEHOLDER_TOKEN_ID)
-        columns = torch.arange(spec_length + 1, device=seeds.device)
-        token_ids = padded.scatter(1, last, drawn.to(padded.dtype))
-        token_ids = token_ids.masked_fill(columns > last, PLACEHOLDER_TOKEN_ID)
-        return SamplerOutput(token_ids, num_accepted)
+        none = torch.full_like(drawn, PLACEHOLDER_TOKEN_ID)
+        every = torch.cat((draft_token_ids, drawn, none), 1)
+        return SamplerOutput(every.gather(1, source[at]), accepted[at])
 
     return forced

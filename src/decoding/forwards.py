@@ -2,8 +2,9 @@
 
 Both are called with (input_ids [B, Q] int64, positions [B, Q] int64, mask, keep) and return logits
 [B, Q or keep, V]. mask() makes the mask [B, 1, G*Q, capacity], additive; G is the number of query
-heads of a key/value head, whose queries are folded into the rows of one. eager: not by what was
-compiled. What differs between versions of transformers is kept in this file.
+heads of a key/value head, whose queries are folded into the rows of one. prefill, of the same but
+`keep`, makes keys and values only, and not by what was compiled: every prompt has its own length.
+What differs between versions of transformers is kept in this file.
 """
 
 from __future__ import annotations
@@ -79,17 +80,27 @@ class FusedForward:
             and len({p.dtype for p in model.parameters()}) == 1
         )
 
-    def __call__(self, input_ids, positions, mask, keep, eager=False):
-        layer = _layer_in_place if eager else self._compiled
-        x = torch.nn.functional.embedding(input_ids, self.embed)
-        mask, flat = mask(), x.flatten(0, 1)
-        rows = (positions + self.first_rows).flatten()
-        rotation = self.rotation[positions.flatten()].unsqueeze(2)
-        for weights, cache in self.layers:
-            flat = layer(flat, weights, cache, rows, rotation, mask, self.shape)
-        x = flat.view_as(x)
+    def __call__(self, input_ids, positions, mask, keep):
+        x = self._through(self._compiled, self.layers, input_ids, positions, mask())
         x = x[:, -keep:] if keep else x
         return linear(_normalized(x, self.norm.weight, self.shape), self.head)
+
+    def prefill(self, input_ids, positions, mask):
+        *before, (last, cache) = self.layers
+        x = self._through(_layer_in_place, before, input_ids, positions, mask())
+        _heads(x.flatten(0, 1), last, cache, *self._places(positions), self.shape)
+
+    def _through(self, layer, layers, input_ids, positions, mask):
+        x = torch.nn.functional.embedding(input_ids, self.embed)
+        flat, places = x.flatten(0, 1), self._places(positions)
+        for weights, cache in layers:
+            flat = layer(flat, weights, cache, *places, mask, self.shape)
+        return flat.view_as(x)
+
+    def _places(self, positions):
+        """(rows of the cache, rotations), of the tokens at those positions."""
+        rows = (positions + self.first_rows).flatten()
+        return rows, self.rotation[positions.flatten()].unsqueeze(2)
 
 
 class _Shape(NamedTuple):
@@ -144,7 +155,8 @@ def _gated(x, weights, shape):
     return silu(gate) * up
 
 
-def _attended(x, weights, cache, rows, rotation, mask, shape):
+def _heads(x, weights, cache, rows, rotation, shape):
+    """Query, key and value heads [B*Q, heads + 2 kv_heads, D] of x, keys and values cached."""
     joined = linear(_normalized(x, weights.input_norm, shape), weights.qkv, weights.qkv_bias)
     heads = joined.view(len(x), -1, shape.head_dim)
     rotated = heads[:, : shape.heads + shape.kv_heads]
@@ -152,7 +164,11 @@ def _attended(x, weights, cache, rows, rotation, mask, shape):
     swapped = torch.cat((rotated[..., half:], rotated[..., :half]), -1)
     rotated.mul_(cos).addcmul_(swapped, sin)
     cache.flatten(0, 1).index_copy_(0, rows, heads[:, shape.heads :])
+    return heads
 
+
+def _attended(x, weights, cache, rows, rotation, mask, shape):
+    heads = _heads(x, weights, cache, rows, rotation, shape)
     # The query heads of a key/value head are folded into its query rows.
     batch_size, groups = len(cache), shape.heads // shape.kv_heads
     query = heads[:, : shape.heads].view(batch_size, -1, shape.kv_heads, groups, shape.head_dim)
@@ -198,8 +214,13 @@ class ModelForward:
         count = model.config.get_text_config().num_hidden_layers
         self._cache = Cache(layers=[_SlotLayer(capacity, self._slots) for _ in range(count)])
 
-    def __call__(self, input_ids, positions, mask, keep, eager=False):
-        forward = self.model.forward if eager else self._compiled
+    def __call__(self, input_ids, positions, mask, keep):
+        return self._run(self._compiled, input_ids, positions, mask, keep)
+
+    def prefill(self, input_ids, positions, mask):
+        self._run(self.model.forward, input_ids, positions, mask, 1)  # one token's at least
+
+    def _run(self, forward, input_ids, positions, mask, keep):
         self._slots.at(positions)
         config = self.model.config
         previous = config._attn_implementation

@@ -125,10 +125,14 @@ void add(const at::Tensor& x, const at::Tensor& weights, const at::Tensor& resid
 }
 
 void gated(const at::Tensor& x, const at::Tensor& norm, double epsilon, const at::Tensor& weights,
-           const at::Tensor& out) {
+           const at::Tensor& out, const at::Tensor& later, int64_t later_bytes) {
   const Product a = product(x, weights, &norm, epsilon);
   check_tensor(out, x, {a.tokens, a.rows / 2}, at::kBFloat16, "gated");
-  on_device_of(x, [&](void* stream) { return launch_gated(a, out.mutable_data_ptr(), stream); });
+  check_tensor(later, x, later.sizes(), at::kBFloat16, "later");
+  const int64_t bytes = std::min(later_bytes, static_cast<int64_t>(later.nbytes()));
+  on_device_of(x, [&](void* stream) {
+    return launch_gated(a, out.mutable_data_ptr(), later.const_data_ptr(), bytes, stream);
+  });
 }
 
 void logits(const at::Tensor& x, const at::Tensor& norm, double epsilon, const at::Tensor& weights,
@@ -154,7 +158,7 @@ TORCH_LIBRARY(decoder_layer, m) {
       "attention(Tensor query, Tensor cache, Tensor positions, float scaling, Tensor(a!) attended) "
       "-> ()");
   m.def("add(Tensor x, Tensor weights, Tensor(a!) residual) -> ()");
-  m.def("gated(" DL_NORMALIZED ", Tensor(a!) gated) -> ()");
+  m.def("gated(" DL_NORMALIZED ", Tensor(a!) gated, Tensor later, int later_bytes) -> ()");
   m.def("logits(" DL_NORMALIZED ", Tensor(a!) logits) -> ()");
 }
 

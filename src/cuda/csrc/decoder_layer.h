@@ -35,7 +35,9 @@ int launch_qkv(const Product& product, const Heads& heads, const void* bias, con
 int launch_attention(const Heads& heads, int tokens, const void* query, const void* cache,
                      const int64_t* positions, float scaling, void* attended, void* stream);
 int launch_add(const Product& product, void* residual, void* stream);
-int launch_gated(const Product& product, void* gated, void* stream);
+// later: the `later_bytes` of weights that the next launch reads first.
+int launch_gated(const Product& product, void* gated, const void* later, int64_t later_bytes,
+                 void* stream);
 int launch_logits(const Product& product, void* logits, void* stream);
 
 }  // namespace decoder_layer

@@ -136,6 +136,7 @@ __global__ void product_kernel(const Product a, const Epilogue epilogue) {
     const Bf16* line = static_cast<const Bf16*>(a.weights) + epilogue.row(half, lane) * a.width;
     prefetch_line(line + (warp + ahead * warps) * kChunk);
   }
+  epilogue.bring_later();
   const int token = threadIdx.x / half, i = threadIdx.x % half;
   const bool stores = token < a.tokens;
   wait_for_launch_before();
@@ -217,8 +218,13 @@ __global__ void product_kernel(const Product a, const Epilogue epilogue) {
 
 struct Nothing {};
 
+// For most products the weights of the next launch come early enough when its blocks ask for them.
+struct BringsNothing {
+  __device__ void bring_later() const {}
+};
+
 // residual [tokens, size] += the product.
-struct Add {
+struct Add : BringsNothing {
   struct Extra {
     Bf16 first, second;
   };
@@ -242,7 +248,7 @@ struct Add {
 };
 
 // logits [tokens, size].
-struct Store {
+struct Store : BringsNothing {
   using Extra = Nothing;
   static constexpr bool kNextMayStart = true;
   Bf16* logits;
@@ -265,7 +271,15 @@ struct Gate {
   static constexpr bool kNextMayStart = true;
   Bf16* gated;
   int size;
+  const char* later;
+  int64_t later_bytes;
 
+  __device__ void bring_later() const {
+    constexpr int kLine = 128;
+    const int64_t step = static_cast<int64_t>(gridDim.x) * blockDim.x * kLine;
+    int64_t at = (static_cast<int64_t>(blockIdx.x) * blockDim.x + threadIdx.x) * kLine;
+    for (; at < later_bytes; at += step) prefetch_line(later + at);
+  }
   __device__ int64_t row(int half, int i) const {
     return blockIdx.x * half + i % half + i / half * size;
   }
@@ -278,7 +292,7 @@ struct Gate {
 
 // query, and keys and values into their slots, rotated by their positions. What a rotation turns
 // together lies half a head apart.
-struct Rotate {
+struct Rotate : BringsNothing {
   struct Extra {
     float cos, sin;
     int64_t position;
@@ -668,9 +682,13 @@ int launch_embed(const int64_t* ids, const int64_t* start, int64_t row_stride, i
 
 int launch_qkv(const Product& a, const Heads& heads, const void* bias, const void* rotated,
                const int64_t* positions, void* query, void* cache, void* stream) {
-  const Rotate epilogue{
-      heads,     static_cast<const Bf16*>(bias), static_cast<const Bf16*>(rotated),
-      positions, static_cast<Bf16*>(query),      static_cast<Bf16*>(cache)};
+  const Rotate epilogue{{},
+                        heads,
+                        static_cast<const Bf16*>(bias),
+                        static_cast<const Bf16*>(rotated),
+                        positions,
+                        static_cast<Bf16*>(query),
+                        static_cast<Bf16*>(cache)};
   const int warps = a.rows / (4 * kTileRows) <= multiprocessors() ? 16 : 8;
   return launch_product<true, 4, 4, 1>(a, warps, epilogue, stream);
 }
@@ -687,17 +705,19 @@ int launch_attention(const Heads& heads, int tokens, const void* query, const vo
 }
 
 int launch_add(const Product& a, void* residual, void* stream) {
-  const Add epilogue{static_cast<Bf16*>(residual), a.rows};
+  const Add epilogue{{}, static_cast<Bf16*>(residual), a.rows};
   return launch_product<false, 1, 2, 4, 2, 1>(a, 16, epilogue, stream);
 }
 
-int launch_gated(const Product& a, void* gated, void* stream) {
-  const Gate epilogue{static_cast<Bf16*>(gated), a.rows / 2};
+int launch_gated(const Product& a, void* gated, const void* later, int64_t later_bytes,
+                 void* stream) {
+  const Gate epilogue{static_cast<Bf16*>(gated), a.rows / 2, static_cast<const char*>(later),
+                      later_bytes};
   return launch_product<true, 2, 2, 1>(a, a.width / kChunk >= 16 ? 8 : 16, epilogue, stream);
 }
 
 int launch_logits(const Product& a, void* logits, void* stream) {
-  const Store epilogue{static_cast<Bf16*>(logits), a.rows};
+  const Store epilogue{{}, static_cast<Bf16*>(logits), a.rows};
   return launch_product<true, 2, 2, 1>(a, 8, epilogue, stream);
 }
 

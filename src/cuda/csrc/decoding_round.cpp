@@ -36,23 +36,23 @@ void advance(const at::Tensor& token_ids, const at::Tensor& num_accepted,
   check(counts, tokens, {1 + 3 * spec_length}, "counts");
   check(left, tokens, {}, "left");
   const c10::cuda::CUDAGuard guard(tokens.device());
-  fused_rejection::check_cuda(launch_advance(
-      {.token_ids = token_ids.const_data_ptr<int64_t>(),
-       .draft_ids = draft_ids.const_data_ptr<int64_t>(),
-       .eos = eos.const_data_ptr<int64_t>(),
-       .num_accepted = num_accepted.const_data_ptr<int32_t>(),
-       .tokens = tokens.mutable_data_ptr<int64_t>(),
-       .start = start.mutable_data_ptr<int64_t>(),
-       .newest = newest.mutable_data_ptr<int64_t>(),
-       .limit = limit.mutable_data_ptr<int64_t>(),
-       .offsets = offsets.mutable_data_ptr<int64_t>(),
-       .counts = counts.mutable_data_ptr<int64_t>(),
-       .left = left.mutable_data_ptr<int64_t>(),
-       .batch_size = static_cast<int>(batch_size),
-       .spec_length = static_cast<int>(spec_length),
-       .eos_count = static_cast<int>(eos.numel()),
-       .row_length = static_cast<int>(tokens.size(1))},
-      c10::cuda::getCurrentCUDAStream().stream()));
+  fused_rejection::check_cuda(
+      launch_advance({.token_ids = token_ids.const_data_ptr<int64_t>(),
+                      .draft_ids = draft_ids.const_data_ptr<int64_t>(),
+                      .eos = eos.const_data_ptr<int64_t>(),
+                      .num_accepted = num_accepted.const_data_ptr<int32_t>(),
+                      .tokens = tokens.mutable_data_ptr<int64_t>(),
+                      .start = start.mutable_data_ptr<int64_t>(),
+                      .newest = newest.mutable_data_ptr<int64_t>(),
+                      .limit = limit.mutable_data_ptr<int64_t>(),
+                      .offsets = offsets.mutable_data_ptr<int64_t>(),
+                      .counts = counts.mutable_data_ptr<int64_t>(),
+                      .left = left.mutable_data_ptr<int64_t>(),
+                      .batch_size = static_cast<int>(batch_size),
+                      .spec_length = static_cast<int>(spec_length),
+                      .eos_count = static_cast<int>(eos.numel()),
+                      .row_length = static_cast<int>(tokens.size(1))},
+                     c10::cuda::getCurrentCUDAStream().stream()));
 }
 
 }  // namespace
