@@ -271,7 +271,7 @@ def test_v1_a_seeded_request_depends_on_its_generator_alone():
     assert torch.equal(generator.get_state(), torch.Generator().manual_seed(9).get_state())
 
 
-def test_v1_never_accepts_zero_or_reads_outside_and_refuses_synthetic_acceptance():
+def test_v1_never_accepts_zero_or_reads_outside_and_refuses_other_acceptance():
     case = make_case(3, 2, 30)
     case["num_draft_tokens"] = torch.full((3,), 2, dtype=torch.int32)
     flat = v1_arguments(flatten(case), torch.full((3,), 7))
@@ -282,8 +282,12 @@ def test_v1_never_accepts_zero_or_reads_outside_and_refuses_synthetic_acceptance
         assert (tokens[:, 1] == -1).all() and (tokens[:, 0] >= 0).all() and tokens.max() < 30
         assert tokens[2, 0] != flat["draft_token_ids"][4]
     flat["target_logits"] = flat.pop("target_probs")
-    with pytest.raises(NotImplementedError, match="synthetic_mode"):
-        compat.vllm_rejection_sample(**flat, sampling_metadata=metadata(), synthetic_mode=True)
+    for option, value in (("synthetic_mode", True), ("fly_window_size", 2)):
+        with pytest.raises(NotImplementedError, match=option):
+            compat.vllm_rejection_sample(**flat, sampling_metadata=metadata(), **{option: value})
+    # As vLLM's RejectionSampler calls it where neither is on.
+    off = {"fly_window_size": None, "fly_entropy_threshold": None, "fly_entropy_top_k": 3}
+    compat.vllm_rejection_sample(**flat, sampling_metadata=metadata(), **off)
 
 
 # ---- vLLM V2
@@ -322,15 +326,17 @@ def v2_oracle(case):
     """The oracle's arguments for the same requests, padded."""
     steps, cu = case["num_speculative_steps"], case["cu_num_logits"].tolist()
     entries = case["idx_mapping"].tolist()
-    requests, vocab_size = len(entries), case["target_logits"].shape[1]
+    requests, temperature = len(entries), case["temperature"]
+    with_logits = "target_logits" if case["draft_logits"] is None else "draft_logits"
+    vocab_size = case[with_logits].shape[-1]
     ids = torch.full((requests, steps), -1)
     target = torch.ones(requests, steps + 1, vocab_size)
     q = torch.ones(requests, steps, vocab_size)
     for r, (begin, end) in enumerate(zip(cu, cu[1:], strict=False)):
         ids[r, : end - begin - 1] = case["draft_sampled"][begin + 1 : end]
-        target[r, : end - begin] = case["target_logits"][begin:end].softmax(-1)
+        target[r, : end - begin] = case["target_logits"][begin:end, :vocab_size].softmax(-1)
         if case["draft_logits"] is not None:
-            q[r] = case["draft_logits"][entries[r]].softmax(-1)
+            q[r] = (case["draft_logits"][entries[r]].float() / temperature[entries[r]]).softmax(-1)
     first = case["pos"][case["cu_num_logits"][:-1].long()]
     seeds = case["seed"][case["idx_mapping"].long()]
     u = philox.uniforms(seeds.numpy(), (first * (steps + 2)).numpy(), steps + 2)
@@ -349,12 +355,27 @@ def test_v2_emits_the_oracles_tokens_by_the_index_maps(one_hot):
     accepted = 0
     for seed in range(20):
         case["seed"] = torch.arange(6) * 1000 + seed
+        sampled, num_sampled = compat.vllm_v2_rejection_sample(**case, use_block_verification=True)
+        expect(sampled, num_sampled - 1, **v2_oracle(case), verification="block")
         sampled, num_sampled = compat.vllm_v2_rejection_sample(**case)
         assert sampled.shape == (4, 4) and sampled.dtype == torch.int64
         assert num_sampled.dtype == torch.int32
         expect(sampled, num_sampled - 1, **v2_oracle(case))
         accepted += int((num_sampled - 1).sum())
     assert accepted > (4 if one_hot else 20)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_v2_applies_the_temperature_to_the_draft_alone_and_cuts_the_targets_padding(dtype):
+    case = v2_case()
+    case["temperature"] = torch.tensor([0.6, 9.0, 1.0, 1.7, 9.0, 0.3])
+    case["draft_logits"] = case["draft_logits"].to(dtype)
+    padding = torch.full((len(case["target_logits"]), 7), 50.0)
+    case["target_logits"] = torch.cat([case["target_logits"], padding], dim=1)
+    for seed in range(20):
+        case["seed"] = torch.arange(6) * 1000 + seed
+        sampled, num_sampled = compat.vllm_v2_rejection_sample(**case)
+        expect(sampled, num_sampled - 1, **v2_oracle(case))
 
 
 def test_v2_greedy_requests_and_placeholders_among_random_ones():
@@ -394,11 +415,12 @@ def test_v2_a_request_depends_on_its_seed_and_position_alone():
 
 def test_v2_refuses_what_it_does_not_do():
     for argument, value in (
-        ("use_block_verification", True),
         ("synthetic_conditional_rates", torch.ones(3)),
+        ("fly_window_size", 2),
+        ("contexts", torch.zeros(10, 4)),
     ):
-        with pytest.raises(NotImplementedError):
-            compat.vllm_v2_rejection_sample(**{**v2_case(), argument: value})
+        with pytest.raises(NotImplementedError, match=argument):
+            compat.vllm_v2_rejection_sample(**v2_case(), **{argument: value})
     with pytest.raises(ValueError, match=r"draft_sampled has shape \[3\]; wanted \[10\]"):
         compat.vllm_v2_rejection_sample(**{**v2_case(), "draft_sampled": torch.zeros(3)})
 

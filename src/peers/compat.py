@@ -130,6 +130,9 @@ def vllm_rejection_sample(
     synthetic_mode: bool = False,
     synthetic_conditional_rates: torch.Tensor | None = None,
     use_fp64_gumbel: bool = False,
+    fly_window_size: int | None = None,
+    fly_entropy_threshold: float | None = None,
+    fly_entropy_top_k: int = 3,
 ) -> torch.Tensor:
     """vLLM V1's rejection_sample as later versions have it, on target logits.
 
@@ -151,12 +154,14 @@ def vllm_rejection_sample(
     - A seeded request takes max_spec_len + 1 float32 numbers from its generator; vLLM takes one
       float64 number a draft and V exponentials.
     - use_fp64_gumbel changes nothing: no Gumbel noise is drawn. synthetic_mode, which accepts at a
-      set rate for load tests, is a NotImplementedError.
+      set rate for load tests, and fly_window_size, which accepts some rejected drafts too, are a
+      NotImplementedError: neither samples from the target.
     Raises TypeError and ValueError as contract.validate_flattened does, SamplerUnavailable without
     the extension.
     """
     if synthetic_mode:
         raise NotImplementedError("synthetic_mode does not sample; wanted synthetic_mode=False")
+    _refuse_fly(fly_window_size)
     greedy = _greedy_requests(sampling_metadata)
     target_probs = _probs(target_logits, greedy, cu_num_draft_tokens)
     return _v1(
@@ -228,6 +233,13 @@ def _v1(
     return torch.where(is_bonus, bonus, output.token_ids)
 
 
+def _refuse_fly(window_size) -> None:
+    if window_size:
+        raise NotImplementedError(
+            f"fly_window_size is {window_size}, which keeps rejected drafts; wanted none"
+        )
+
+
 def _greedy_requests(metadata) -> torch.Tensor | None:
     """[B] bool, or None where no request is greedy; a scalar True where all are."""
     if metadata.all_greedy:
@@ -275,17 +287,26 @@ def vllm_v2_rejection_sample(
     synthetic_conditional_rates: torch.Tensor | None = None,
     use_fp64: bool = False,
     use_block_verification: bool = False,
+    contexts: torch.Tensor | None = None,
+    watermarking: torch.Tensor | None = None,
+    watermarking_skip_mask: torch.Tensor | None = None,
+    watermark_key: int | None = None,
+    fly_window_size: int = 0,
+    fly_entropy_threshold: float = 0.3,
+    fly_entropy_top_k: int = 3,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """vLLM V2's rejection_sample: S = num_speculative_steps, L logits over R requests, per-request
-    state kept in tables of M entries that idx_mapping looks up.
+    """vLLM V2's rejection_sample as from 0.28 on: S = num_speculative_steps, L logits over R
+    requests, per-request state kept in tables of M entries that idx_mapping looks up.
 
-    target_logits: [L, V]; a request's rows are one a draft and one for the bonus token.
-    draft_logits: [M, S, V], or None where the draft is one-hot.
+    target_logits: [L, V], temperature, top-k and top-p applied; a request's rows are one a draft
+        and one for the bonus token.
+    draft_logits: [M, S, V], or None where the draft is one-hot; the temperature is applied here.
+        (Before 0.28 they come with it applied.) A V less than the target's cuts the target's.
     draft_sampled: [L] int32 or int64; a request's first entry is no draft, entry i + 1 is draft i.
     cu_num_logits: [R + 1] int32, where the requests' rows begin and end.
     pos: [L] int64, the positions of the tokens in their sequences.
     idx_mapping: [R], expanded_idx_mapping: [L]: the entry of the tables. expanded_local_pos: [L].
-    temperature: [M] float32, 0 for greedy; logits come with it applied. seed: [M] int64.
+    temperature: [M] float32, 0 for greedy. seed: [M] int64.
     Returns sampled [R, S+1] int64 and num_sampled [R] int32: accepted drafts and one more token.
 
     Differs from vLLM:
@@ -295,8 +316,8 @@ def vllm_v2_rejection_sample(
     - Uniform k of a request is draw pos * (S + 2) + k of the Philox stream of its seed, pos being
       that of its first row: no two steps share a number, and none is the draft's (vllm #47386).
       vLLM draws by (seed, position) and one Gumbel noise a vocabulary entry.
-    - use_fp64 changes nothing. synthetic_conditional_rates and use_block_verification are a
-      NotImplementedError.
+    - use_fp64 changes nothing. synthetic_conditional_rates, fly_window_size and contexts, which
+      watermark the last token, are a NotImplementedError.
     - Softmax is a pass of its own over all rows here: this is for trying the operator in an
       engine, not the way to measure it.
     Raises TypeError and ValueError as contract.validate_flattened does, SamplerUnavailable without
@@ -304,9 +325,12 @@ def vllm_v2_rejection_sample(
     """
     if synthetic_conditional_rates is not None:
         raise NotImplementedError("synthetic_conditional_rates do not sample; wanted None")
-    if use_block_verification:
-        raise NotImplementedError("block verification is not here yet; wanted False")
+    if contexts is not None:
+        raise NotImplementedError("contexts ask for a watermark, which is not here; wanted None")
+    _refuse_fly(fly_window_size)
     ends, steps = cu_num_logits[1:], num_speculative_steps
+    if draft_logits is not None:
+        target_logits = target_logits[:, : draft_logits.shape[-1]]  # the rest is padding
     num_logits, vocab_size = target_logits.shape
     if draft_sampled.shape != (num_logits,):
         raise ValueError(
@@ -318,7 +342,9 @@ def vllm_v2_rejection_sample(
     if draft_logits is not None:
         step = expanded_local_pos.long().clamp(0, max(steps - 1, 0))
         draft_probs = draft_logits[expanded_idx_mapping.long(), step]
-        draft_probs = draft_probs.softmax(-1, dtype=torch.float32)
+        # A greedy request's draft may have any temperature: its target row is one-hot.
+        scale = torch.where(temperature > 0, temperature, 1.0)[expanded_idx_mapping.long()]
+        draft_probs = draft_probs.float().div_(scale[:, None]).softmax(-1)
     # Draft i stands one place after its row. The bonus row gets the draft -1, which ends the
     # request there and draws from that row alone: the flattened layout with nothing copied.
     ids = torch.full_like(draft_sampled, PLACEHOLDER_TOKEN_ID)
@@ -334,5 +360,6 @@ def vllm_v2_rejection_sample(
         steps + 1,
         seeds=seed[idx_mapping.long()].to(torch.int64),
         offsets=pos[first].long() * (steps + 2),
+        verification="block" if use_block_verification else "token",
     )
     return output.token_ids[:, : steps + 1], output.num_accepted + 1
