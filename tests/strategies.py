@@ -89,7 +89,7 @@ def cases(draw, vocab_sizes=VOCAB_SIZES, max_batch_size=4, max_spec_length=5):
         lengths = draw(st.lists(lengths, min_size=batch_size, max_size=batch_size))
         case["num_draft_tokens"] = torch.tensor(lengths, dtype=torch.int32)
     if draw(st.integers(0, 3)) == 0:
-        case.update(_stream(draw, batch_size, spec_length))
+        case.update(stream(draw, batch_size, spec_length))
     layouts = {name: draw(st.sampled_from(LAYOUTS)) for name in case}
     return case, layouts
 
@@ -116,7 +116,7 @@ def _draft(choice, p, q, v, dtype):
     return INT_MAX if choice > INT_MAX and dtype == torch.int32 else choice
 
 
-def _stream(draw, batch_size, spec_length):
+def stream(draw, batch_size, spec_length):
     """seeds and offsets; `uniforms` stays, as what they stand for."""
     numbers = st.lists(st.integers(-(2**63), 2**63 - 1), min_size=batch_size, max_size=batch_size)
     seeds, offsets = (torch.tensor(draw(numbers), dtype=torch.int64) for _ in range(2))
@@ -141,18 +141,18 @@ def place(case, layouts, device):
 
 def _place(name, tensor, layout, device):
     shape = list(tensor.shape)
-    is_probs = name.endswith("_probs")
+    is_rows = name.endswith(("_probs", "logits"))
     if layout == "positions first" and tensor.ndim > 1:
         shape[0], shape[1] = shape[1], shape[0]
-    if layout == "padded rows" and is_probs:
+    if layout == "padded rows" and is_rows:
         shape[-1] += 3  # no 16-byte load can start at most rows
-    if is_probs:
+    if is_rows:
         poison = 1e30 if tensor.dtype != torch.float16 else 6e4
     else:
         poison = 0.0 if tensor.is_floating_point() else 1
     buffer = torch.full((_size(shape) + 2 * RED_ZONE,), poison, dtype=tensor.dtype, device=device)
     view = buffer[RED_ZONE : RED_ZONE + _size(shape)].reshape(shape)
-    view = view[..., : tensor.shape[-1]] if is_probs else view
+    view = view[..., : tensor.shape[-1]] if is_rows else view
     if layout == "positions first" and tensor.ndim > 1:
         view = view.transpose(0, 1)
     view.copy_(tensor)

@@ -167,8 +167,9 @@ def _verify_block(p_x, q_x, in_vocab, lengths, residuals, uniforms):
     spec_length = p_x.shape[1]
     # log reach[i] = min(log reach[i - 1] + step, 0): a walk that is held at 0, which is the free
     # walk less its highest point so far.
-    steps = (p_x / q_x).clamp(max=1e100).log()
-    steps = torch.where(in_vocab & (p_x > 0), steps, -torch.inf)
+    # A q that is not positive, NaN among them, lets the prefix through, as inf / inf does.
+    ratios = torch.where(q_x > 0, p_x / q_x, torch.inf).nan_to_num(torch.inf).clamp(max=1e100)
+    steps = torch.where(in_vocab & (p_x > 0), ratios.log(), -torch.inf)
     walk = torch.nn.functional.pad(steps.cumsum(1), (1, 0))
     reach = (walk - walk.cummax(1).values).exp()  # [B, K+1]
     left = residuals(reach)  # [B, K], of the prefixes of length 0 to K-1
@@ -176,6 +177,8 @@ def _verify_block(p_x, q_x, in_vocab, lengths, residuals, uniforms):
     passes = torch.cat([share, reach[:, -1:]], dim=1)
     columns = torch.arange(spec_length + 1, device=p_x.device)
     passes = torch.where(columns == lengths[:, None], reach, passes)
+    # A prefix that the target gives nothing never passes, even beside a residual of negative q.
+    passes = torch.where(reach > 0, passes, 0.0)
     accepted = (uniforms[:, :spec_length] < passes[:, 1:]) & (columns[1:] <= lengths[:, None])
     num_accepted = (accepted * columns[1:]).amax(1) if spec_length else torch.zeros_like(lengths)
     return num_accepted, reach.gather(1, num_accepted[:, None]).squeeze(1)

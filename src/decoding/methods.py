@@ -291,8 +291,12 @@ class Comparison:
         draft = max(0.0, several - one) / (many - few)
         cost = lengths.Cost(draft / step, (one - few * draft) / step, 0.0)
         stats = _summed(made.stats for made in long)
+        if self.pair.synthetic or not self.distribution.greedy:
+            # A trial would say more of its own luck than of the next text.
+            best = lengths.candidates(stats.accepted, stats.rounds, cost, count=1, least=1.02)
+            return best[0] if best else 0
         tried = lengths.candidates(stats.accepted, stats.rounds, cost)
-        # Their expected speedups differ by less than what a text's own acceptance does.
+        # Their expected speedups differ by less than what a greedy text's own acceptance does.
         made = {k: self._measure(fast, k, batches) for k in (0, *tried)}
         return lengths.choose({k: _seconds_a_token(results) for k, results in made.items()})
 

@@ -104,8 +104,10 @@ void run_logits(const LogitsParams& a, int kernel, int n, bool early_exit, unsig
   if (kernel == 1 && !block) {  // as launch_from_logits chooses
     std::vector<int32_t> tokens(targets, -77);
     std::vector<LogitsRow<T>> drawn_from(targets);
-    std::vector<TileStats> kept_stats(targets * tiles, TileStats{NAN, NAN});
+    std::vector<TileStats> kept_stats(rows * tiles, TileStats{NAN, NAN});
     std::vector<uint8_t> verdicts(targets, early_exit ? kGoesOn : 0xFF);
+    std::vector<float> sums(batch_size * tiles, NAN);
+    std::vector<unsigned> arrived(targets), summed(batch_size);
     const bool keeps = seed % 2 == 0;
     Findings<T> findings = {};
     if (a.base.spec_length > 0) {
@@ -113,6 +115,9 @@ void run_logits(const LogitsParams& a, int kernel, int n, bool early_exit, unsig
       if (early_exit) {
         findings.rows = drawn_from.data();
         findings.stats = kept_stats.data();
+        findings.sums = sums.data();
+        findings.arrived = arrived.data();
+        findings.summed = summed.data();
       } else {
         findings.tokens = tokens.data();
       }
@@ -124,12 +129,24 @@ void run_logits(const LogitsParams& a, int kernel, int n, bool early_exit, unsig
     };
     const size_t shared = PositionShared::bytes(tiles, a.filters(), kept) / sizeof(float);
     const int positions = static_cast<int>(a.base.spec_length) + 1;
-    emulation::launch(static_cast<int>(batch_size) * n, threads, n, shared, decide, seed,
-                      positions);
+    // n stands for how many tiles a warp has. Both kernels leave the same.
+    const auto blocks_of = [&](int count, int share_warps) {
+      return (count + share_warps * n - 1) / (share_warps * n);
+    };
+    if (early_exit && n != 2 && !a.filters() && a.base.spec_length > 0) {
+      const int shares = blocks_of(tiles * (num_draft_rows(a) > 0 ? 2 : 1), kDecidingWarps);
+      const auto body = [&] { decide_kernel<T>(a, shares, n, findings); };
+      emulation::launch(static_cast<int>(batch_size) * shares, kDecidingWarps * kWarp, 1, 0, body,
+                        seed, positions);
+    } else {
+      emulation::launch(static_cast<int>(batch_size) * n, threads, n, shared, decide, seed,
+                        positions);
+    }
     if (a.base.spec_length == 0) return;
     if (early_exit) {
-      const auto draw = [&] { draw_kernel<T>(a, n, findings); };
-      emulation::launch(static_cast<int>(batch_size) * n, threads, n, exchange_floats(tiles), draw,
+      const int shares = blocks_of(tiles, kDrawingWarps);
+      const auto draw = [&] { draw_kernel<T>(a, shares, n, findings); };
+      emulation::launch(static_cast<int>(batch_size) * shares, kDrawingWarps * kWarp, 1, 0, draw,
                         seed);
       return;
     }

@@ -23,6 +23,7 @@
 #define __global__
 #define __forceinline__ inline
 #define __noinline__
+#define __grid_constant__
 #define __launch_bounds__(...)
 #define __shared__ static thread_local
 #define FR_DYNAMIC_SHARED(type, name) type* name = ::emulation::dynamic_shared<type>()
@@ -254,6 +255,10 @@ inline float half_to_float(uint16_t bits) {
   return bits & 0x8000 ? -value : value;
 }
 
+inline unsigned add_released(unsigned* counter, unsigned value) {
+  return atomicAdd(counter, value);
+}
+inline void acquire() {}
 inline unsigned cluster_rank() { return emulation::block().rank; }
 inline unsigned cluster_index() {
   return emulation::block().index.x / emulation::block().cluster->shared.size();

@@ -22,6 +22,7 @@ FAST = (
     "fused_kernel",
     "logits_kernel",
     "positions_kernel",
+    "decide_kernel",
     "draw_kernel",
     "tile_stats_kernel",
     "block_kernel",

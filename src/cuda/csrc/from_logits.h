@@ -434,8 +434,10 @@ struct LogitsRequest : Request<T> {
       row.shift = static_cast<float>(shift);
       row.shift_rest = static_cast<float>(shift - row.shift);
     } else if (!row.q) {
-      if (!this->in_vocab(id)) return row.target();
-      row.one_hot = static_cast<int>(id);
+      const bool outside = !this->in_vocab(id);
+      // Block verification compares the residual's sum with 1: its p has to be normalized.
+      if (outside && !this->params->block_verification) return row.target();
+      row.one_hot = static_cast<int>(outside ? this->params->vocab_size : id);
     }
     return row;
   }
@@ -496,7 +498,10 @@ struct LogitsPlan {
   // a launch before.
   int blocks_per_position;
   bool early_exit;
-  int kept_tiles;           // tiles whose weights a block of a position keeps in shared memory
+  int kept_tiles;  // tiles whose weights a block of a position keeps in shared memory
+  // Tiles that a warp of decide_kernel takes, 0 where positions_kernel decides; and one of
+  // draw_kernel.
+  int deciding_share, drawing_share;
   int64_t workspace_bytes;  // uninitialised device memory that launch_from_logits wants
 };
 

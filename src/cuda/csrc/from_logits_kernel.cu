@@ -1,10 +1,12 @@
-// The CUDA kernels on logits. In clusters two launches: positions_kernel, a cluster a position,
-// reads its rows and decides whether the request would end there. Where all clusters run at once
-// they also draw, and finish_kernel takes the first position that ends each request; else
-// draw_kernel draws there, a cluster a request. For block verification, and on cards without
-// clusters: a pass over all rows (a warp a tile), with filters a search for each row's threshold
-// and a second pass over what it keeps, and the fused kernel of warp.cuh, which finishes the rows'
-// sums, decides, and draws.
+// The CUDA kernels on logits. Where all positions of all requests can run at once (small batches),
+// and with filters, positions_kernel: a cluster a position reads its rows and decides whether the
+// request would end there. Else decide_kernel: a few warps a position, whichever is done last
+// decides. In both, positions behind a known end leave. Where all ran at once they have also drawn,
+// and finish_kernel takes the first position that ends each request; else draw_kernel draws there.
+// For block verification, and on cards without clusters: a pass over all rows (a warp a tile), with
+// filters a search for each row's threshold and a second pass over what it keeps, and the fused
+// kernel of warp.cuh, which finishes the rows' sums, decides, and draws.
+
 #include "from_logits.h"
 #include "threshold.cuh"
 #include "tiles.cuh"
@@ -157,13 +159,17 @@ __global__ void __launch_bounds__(kMaxWarps* kWarp, 1)
 // leave. Where all do, they draw at once, from rows that they have just read; if a position before
 // it ends the request too, for nothing.
 
-// What positions leave to the next launch, in global memory [B][K + 1]; null where K is 0.
+// What positions leave to the next launch, in global memory; null where K is 0.
 template <typename T>
 struct Findings {
-  uint8_t* verdicts;   // kGoesOn or kEnds
-  int32_t* tokens;     // drawn where the position would end its request, or, where null:
-  LogitsRow<T>* rows;  // what to draw from there
-  TileStats* stats;    // [B][K + 1][tiles], of the target's rows
+  uint8_t* verdicts;  // [B][K + 1], kGoesOn or kEnds
+  int32_t* tokens;    // [B][K + 1], drawn where the position would end its request, or, where null:
+  LogitsRow<T>* rows;  // [B][K + 1], what to draw from there
+  TileStats* stats;    // [B][K + 1][tiles] of the target's rows, [B][K][tiles] of the draft's
+  // What warps leave to the last of them.
+  float* sums;        // [B][tiles], of the row drawn from
+  unsigned* arrived;  // [B][K + 1], tiles of a position whose statistics are there; 0 at first
+  unsigned* summed;   // [B], tiles of `sums` that are there; 0 at first
 };
 
 constexpr uint8_t kGoesOn = 0, kEnds = 1;
@@ -481,40 +487,195 @@ __global__ void __launch_bounds__(kMaxWarps* kWarp)
   if (lane == 0) a.base.num_accepted[b] = static_cast<int32_t>(accepted);
 }
 
-// A cluster a request: draws at the first position that ends it.
+// ---- Many requests: a block has a share of a row's tiles, and the block that completes the row
+// goes on with it. Nothing waits for another block.
+
+constexpr int kDecidingWarps = 8, kDrawingWarps = 4;  // of a block
+
+// One warp: counts what its block has stored, before a __syncthreads(). Whether all of `wanted` is
+// there now; if so this warp sees it.
+__device__ __forceinline__ bool warp_completes(unsigned* counter, int count, int wanted, int lane) {
+  unsigned done = 0;
+  if (lane == 0) done = add_released(counter, static_cast<unsigned>(count)) + count;
+  done = __shfl_sync(kAllLanes, done, 0);
+  if (done != static_cast<unsigned>(wanted)) return false;
+  acquire();  // by the last one only: it empties the L1 cache
+  return true;
+}
+
+// One warp, when all statistics of a position are there: its verdict, and what it would draw from.
 template <typename T>
-__global__ void __launch_bounds__(kMaxWarps* kWarp, kResidentPositions<T, false>)
-    draw_kernel(const LogitsParams a, int blocks, Findings<T> findings) {
+__device__ __noinline__ void warp_decide_position(const LogitsParams& a, unsigned b, unsigned k,
+                                                  bool is_last, int rows,
+                                                  const Findings<T>& findings, int lane) {
+  using Request = LogitsRequest<T, PositionSummaries>;
+  const int vocab_size = static_cast<int>(a.base.vocab_size), tiles = num_tiles(vocab_size);
+  const int64_t spec_length = a.base.spec_length, position = b * (spec_length + 1) + k;
+  RowSummary summaries[2], given;
+  Request request(a, b, {summaries});
+  DraftToken draft = {kPlaceholderTokenId, 0.0f, {}};
+  if (!is_last && lane == 0) {  // on its way while the sums are added up
+    draft.id = request.id(k);
+    draft.u = uniform(a.base, b, k);
+    draft.values = request.values(k, draft.id);
+    if (a.draft_logsumexp) {
+      given = {a.draft_logsumexp[b * spec_length + k], nullptr, 0.0f, kNegativeInfinity, -1};
+      request.summaries.given = &given;
+    }
+  }
+  const float scale = request.scale;
+  summaries[0] = warp_summarize(request.target_row(k), findings.stats + position * tiles, scale,
+                                kNegativeInfinity, request.greedy, vocab_size, lane);
+  if (rows > 1) {
+    const int64_t row = num_target_rows(a.base) + b * spec_length + k;
+    summaries[1] = warp_summarize(request.draft_row(k), findings.stats + row * tiles, scale,
+                                  kNegativeInfinity, false, vocab_size, lane);
+  }
+  if (lane != 0) return;
+  const bool ends =
+      is_last || !request.accepts_values(k, draft.id, draft.values, [&] { return draft.u; });
+  findings.verdicts[position] = ends ? kEnds : kGoesOn;
+  if (ends) findings.rows[position] = request.row(k, draft.id);
+}
+
+// `share`: tiles of a warp, at most 32.
+template <typename T>
+__global__ void __launch_bounds__(kDecidingWarps* kWarp, 4)
+    decide_kernel(const __grid_constant__ LogitsParams a, int blocks, int share,
+                  const __grid_constant__ Findings<T> findings) {
+  __shared__ bool is_over;
+  wait_for_launch_before();
+  allow_next_launch();
+  const int lane = threadIdx.x % kWarp, warp = threadIdx.x / kWarp;
+  const unsigned b = blockIdx.x / blocks, k = grid_row();
+  const unsigned spec_length = static_cast<unsigned>(a.base.spec_length);
+  const int vocab_size = static_cast<int>(a.base.vocab_size), tiles = num_tiles(vocab_size);
+  int drafts = static_cast<int>(spec_length);
+  if (a.base.num_draft_tokens)
+    drafts = a.base.num_draft_tokens[b] < drafts ? a.base.num_draft_tokens[b] : drafts;
+  if (k > 0 && static_cast<int>(k) > drafts) return;
+  const bool is_last = static_cast<int>(k) >= drafts, greedy = a.is_greedy(b);
+  const int rows = num_draft_rows(a) > 0 && !greedy && !is_last ? 2 : 1, all = rows * tiles;
+  const int of_block = kDecidingWarps * share;
+  const int block_begin = static_cast<int>(blockIdx.x % blocks) * of_block;
+  if (block_begin >= all) return;
+  const int begin = block_begin + warp * share, end = begin + share < all ? begin + share : all;
+  const int64_t position = static_cast<int64_t>(b) * (spec_length + 1) + k;
+  const T* x_p = static_cast<const T*>(a.base.target_probs) + b * a.base.target_row_stride +
+                 k * a.base.target_position_stride;
+  const T* x_q = static_cast<const T*>(a.base.draft_probs) + b * a.base.draft_row_stride +
+                 k * a.base.draft_position_stride;
+  const auto load = [&](int i, RawTile<T>& raw) {
+    load_tile(i < tiles ? x_p : x_q, i < tiles ? i : i - tiles, vocab_size,
+              kNegativeInfinityWord<T>, lane, raw);
+  };
+  // Whether a position before this one is known to end the request: a hint, looked at while the
+  // next tile is on its way.
+  const volatile uint8_t* verdicts = findings.verdicts + position - k + lane;
+  const auto look = [&] { return lane < static_cast<int>(k) && *verdicts == kEnds; };
+  RawTile<T> raw;
+  if (begin < end) load(begin, raw);
+  bool ends_before = look();
+  if (threadIdx.x == 0) is_over = false;
+  __syncthreads();
+  const float scale = a.scale(b);
+  TileStats own = {};
+  for (int i = begin; i < end; ++i) {
+    if (__ballot_sync(kAllLanes, ends_before)) {
+      if (lane == 0) is_over = true;
+      break;
+    }
+    RawTile<T> next;
+    if (i + 1 < end) load(i + 1, next);
+    ends_before = look();
+    const TileStats found = warp_tile_stats(raw, scale, kNegativeInfinity, !greedy);
+    if (lane == i - begin) own = found;
+    raw = next;
+  }
+  const int i = begin + lane;
+  if (i < end) {
+    const int64_t row =
+        i < tiles ? position : num_target_rows(a.base) + static_cast<int64_t>(b) * spec_length + k;
+    findings.stats[row * tiles + (i < tiles ? i : i - tiles)] = own;
+  }
+  __syncthreads();
+  if (warp != 0 || is_over) return;
+  const int count = all - block_begin < of_block ? all - block_begin : of_block;
+  if (warp_completes(findings.arrived + position, count, all, lane)) {
+    warp_decide_position(a, b, k, is_last, rows, findings, lane);
+  }
+}
+
+// One warp: draws from a row whose tiles' sums are there, or are known.
+template <typename T, typename Output>
+__device__ void warp_draw(const LogitsRow<T>& row, float* sums, float u, int vocab_size,
+                          const Output& output, int lane) {
+  const int tiles = num_tiles(vocab_size);
+  int token = row.fixed_token;
+  Pick pick{-1, 0.0};
+  if (token < 0 && !row.from_stats()) {
+    pick = warp_pick_tile(sums, tiles, u, lane);
+    if (pick.item >= 0) token = warp_draw_from_tile(row, pick, vocab_size, lane);
+  }
+  if (token < 0) {  // from the target
+    const LogitsRow<T> target = row.from_stats() ? row : row.target();
+    warp_store_masses(target, tiles, lane, sums);
+    pick = warp_pick_tile(sums, tiles, u, lane);
+    token = pick.item < 0 ? 0 : warp_draw_from_tile(target, pick, vocab_size, lane);
+  }
+  if (lane == 0) output.store_token(token);
+}
+
+// Draws at the first position that ends each request.
+template <typename T>
+__global__ void __launch_bounds__(kDrawingWarps* kWarp, kResidentShares)
+    draw_kernel(const __grid_constant__ LogitsParams a, int blocks, int share,
+                const __grid_constant__ Findings<T> findings) {
   __shared__ LogitsRow<T> row;
   __shared__ int64_t accepted;
   __shared__ float recovery_uniform;
-  FR_DYNAMIC_SHARED(uint64_t, shared);
-  const int lane = threadIdx.x % kWarp, warp = threadIdx.x / kWarp, warps = blockDim.x / kWarp;
-  const int64_t b = cluster_index(), spec_length = a.base.spec_length;
-  const int rank = static_cast<int>(cluster_rank());
-  const TileSums sums{reinterpret_cast<float*>(shared + 2), shared};
-  if (threadIdx.x == 0) expect_sums(sums, num_tiles(a.base.vocab_size));
-  __syncwarp();
-  cluster_start();
-  // Before positions_kernel lets this one start it has waited for the arguments.
+  const int lane = threadIdx.x % kWarp, warp = threadIdx.x / kWarp;
+  const unsigned b = blockIdx.x / blocks;
+  const int rank = static_cast<int>(blockIdx.x % blocks);
+  const int64_t spec_length = a.base.spec_length;
+  const int vocab_size = static_cast<int>(a.base.vocab_size), tiles = num_tiles(vocab_size);
+  // Before the launch in front lets this one start it has waited for the arguments.
   const Request<T> request(a.base, b);
-  if (warp == warps - 1) {
+  if (warp == kDrawingWarps - 1) {
     const float u = uniform(a.base, b, spec_length);
     if (lane == 0) recovery_uniform = u;
   }
   wait_for_launch_before();
   if (warp == 0) {
-    const int64_t begin = b * (spec_length + 1);
-    const int64_t end = warp_first_end(findings.verdicts + begin, request.drafts, lane);
+    const int64_t position = b * (spec_length + 1);
+    const int64_t end = warp_first_end(findings.verdicts + position, request.drafts, lane);
     if (lane == 0) {
       accepted = end;
-      row = findings.rows[begin + end];
+      row = findings.rows[position + end];
     }
   }
   __syncthreads();
-  cluster_wait();
-  draw_token<Step::kInCluster>(row, static_cast<int>(a.base.vocab_size), recovery_uniform, rank,
-                               blocks, sums, RequestOutput<Request<T>>{request, accepted}, nullptr);
+  float* sums = findings.sums + static_cast<int64_t>(b) * tiles;
+  const RequestOutput<Request<T>> output{request, accepted};
+  if (rank == 0 && warp == kDrawingWarps - 1) output.store_decision(lane);
+  bool completes = rank == 0;
+  if (row.fixed_token < 0 && !row.from_stats()) {
+    const int block_begin = rank * kDrawingWarps * share, begin = block_begin + warp * share;
+    const int end = begin + share < tiles ? begin + share : tiles;
+    float own = 0.0f;
+    for (int tile = begin; tile < end; ++tile) {
+      const float sum = warp_weigh_tile(row, tile, vocab_size, lane, nullptr);
+      if (lane == tile - begin) own = sum;
+    }
+    if (begin + lane < end) sums[begin + lane] = own;
+    __syncthreads();
+    if (warp != 0) return;
+    const int left = tiles - block_begin, of_block = kDrawingWarps * share;
+    completes = warp_completes(findings.summed + b, left < of_block ? left : of_block, tiles, lane);
+  }
+  if (completes && warp == 0) {
+    warp_draw(row, sums, recovery_uniform, vocab_size, output, lane);
+  }
 }
 
 }  // namespace
@@ -531,9 +692,6 @@ const void* const kLogitsKernels[] = {
     reinterpret_cast<const void*>(&positions_kernel<float, true>),
     reinterpret_cast<const void*>(&positions_kernel<BFloat16, true>),
     reinterpret_cast<const void*>(&positions_kernel<Float16, true>),
-    reinterpret_cast<const void*>(&draw_kernel<float>),
-    reinterpret_cast<const void*>(&draw_kernel<BFloat16>),
-    reinterpret_cast<const void*>(&draw_kernel<Float16>),
     reinterpret_cast<const void*>(&logits_kernel<float, Step::kInCluster, true>),
     reinterpret_cast<const void*>(&logits_kernel<BFloat16, Step::kInCluster, true>),
     reinterpret_cast<const void*>(&logits_kernel<Float16, Step::kInCluster, true>),
@@ -563,48 +721,48 @@ int blocks_per_position(const LogitsParams& a, const Device& device) {
   return blocks;
 }
 
-// Blocks of draw_kernel a request. Of float32, of which a multiprocessor has one, as many as run at
-// once for all; else up to two a multiprocessor, though then not quite all clusters find room.
-int drawing_blocks(const LogitsParams& a, const Device& device) {
-  int blocks = kPortableCluster;
-  if (a.base.dtype == Dtype::kFloat32) {
-    while (blocks > 2 && device.spread_clusters[blocks] < a.base.batch_size) --blocks;
-  } else {
-    while (blocks > 2 && a.base.batch_size * blocks > kResidentBlocks * device.multiprocessors) {
-      blocks /= 2;
-    }
-  }
-  return blocks;
+// Tiles that a warp takes of `tiles`, where there are `rows` such rows: as many as still give every
+// place for a warp on the card some.
+int share_of_tiles(int64_t rows, int tiles, const Device& device) {
+  constexpr int kLeast = 1, kMost = 8;
+  const int64_t places = device.multiprocessors * kResidentShares * kDrawingWarps;
+  const int64_t share = rows * tiles / places;
+  return static_cast<int>(std::clamp<int64_t>(share, kLeast, kMost));
 }
+
+int blocks_of_shares(int tiles, int of_block) { return (tiles + of_block - 1) / of_block; }
 
 // The workspace: tile statistics, then thresholds and tile sums; or Findings.
 struct Workspace {
   int64_t stats_bytes = 0, thresholds_bytes = 0, sums_bytes = 0;
-  int64_t rows_bytes = 0, tokens_bytes = 0, verdicts_bytes = 0;
+  int64_t rows_bytes = 0, tokens_bytes = 0;
+  int64_t counters_bytes = 0, verdicts_bytes = 0;  // these two begin as zeros, in early exit
 
   Workspace(const LogitsParams& a, const LogitsPlan& plan) {
     const int64_t targets = num_target_rows(a.base), rows = targets + num_draft_rows(a);
-    const int64_t tiles = num_tiles(a.base.vocab_size);
+    const int64_t tiles = num_tiles(a.base.vocab_size), row_bytes = tiles * sizeof(TileStats);
+    const int64_t sums = a.base.batch_size * tiles * static_cast<int64_t>(sizeof(float));
     if (plan.blocks_per_position > 0) {
       if (a.base.spec_length == 0) return;  // the token goes to the outputs
-      if (plan.early_exit) {
-        stats_bytes = targets * tiles * static_cast<int64_t>(sizeof(TileStats));
-        rows_bytes = targets * static_cast<int64_t>(sizeof(LogitsRow<float>));
-      } else {
-        tokens_bytes = targets * static_cast<int64_t>(sizeof(int32_t));
-      }
       verdicts_bytes = targets;
+      if (!plan.early_exit) {
+        tokens_bytes = targets * static_cast<int64_t>(sizeof(int32_t));
+        return;
+      }
+      stats_bytes = (plan.deciding_share ? rows : targets) * row_bytes;
+      rows_bytes = targets * static_cast<int64_t>(sizeof(LogitsRow<float>));
+      sums_bytes = sums;
+      counters_bytes = (targets + a.base.batch_size) * static_cast<int64_t>(sizeof(unsigned));
       return;
     }
-    stats_bytes = rows * tiles * static_cast<int64_t>(sizeof(TileStats));
+    stats_bytes = rows * row_bytes;
     thresholds_bytes = a.filters() ? (rows + 1) / 2 * 8 : 0;
-    sums_bytes = plan.fused.exchange == Exchange::kWorkspace
-                     ? a.base.batch_size * tiles * static_cast<int64_t>(sizeof(float))
-                     : 0;
+    sums_bytes = plan.fused.exchange == Exchange::kWorkspace ? sums : 0;
   }
 
   int64_t bytes() const {
-    return stats_bytes + thresholds_bytes + sums_bytes + rows_bytes + tokens_bytes + verdicts_bytes;
+    return stats_bytes + thresholds_bytes + sums_bytes + rows_bytes + tokens_bytes +
+           counters_bytes + verdicts_bytes;
   }
 };
 
@@ -633,22 +791,50 @@ struct LaunchLogits {
   static cudaError_t by_positions(const LogitsParams& a, const LogitsPlan& plan, char* workspace,
                                   cudaStream_t stream) {
     const Workspace sizes(a, plan);
+    const int64_t targets = num_target_rows(a.base);
+    const int tiles = num_tiles(a.base.vocab_size);
     Findings<T> findings = {};
     if (a.base.spec_length > 0) {
       char* at = workspace;
       if (plan.early_exit) {
         findings.stats = reinterpret_cast<TileStats*>(at);
-        findings.rows = reinterpret_cast<LogitsRow<T>*>(at + sizes.stats_bytes);
+        findings.rows = reinterpret_cast<LogitsRow<T>*>(at += sizes.stats_bytes);
+        findings.sums = reinterpret_cast<float*>(at += sizes.rows_bytes);
+        findings.arrived = reinterpret_cast<unsigned*>(at += sizes.sums_bytes);
+        findings.summed = findings.arrived + targets;
+        const cudaError_t error = cudaMemsetAsync(
+            at, kGoesOn, static_cast<size_t>(sizes.counters_bytes + sizes.verdicts_bytes), stream);
+        if (error != cudaSuccess) return error;
       } else {
         findings.tokens = reinterpret_cast<int32_t*>(at);
       }
-      findings.verdicts = reinterpret_cast<uint8_t*>(at + sizes.bytes() - sizes.verdicts_bytes);
+      findings.verdicts =
+          reinterpret_cast<uint8_t*>(workspace + sizes.bytes() - sizes.verdicts_bytes);
     }
+    cudaLaunchAttribute attribute = overlapping();
+    const cudaError_t error = plan.deciding_share ? decide(a, plan, findings, attribute, stream)
+                                                  : find(a, plan, findings, stream);
+    if (error != cudaSuccess || a.base.spec_length == 0) return error;
     if (plan.early_exit) {
-      const cudaError_t error = cudaMemsetAsync(findings.verdicts, kGoesOn,
-                                                static_cast<size_t>(sizes.verdicts_bytes), stream);
-      if (error != cudaSuccess) return error;
+      const int blocks = blocks_of_shares(tiles, kDrawingWarps * plan.drawing_share);
+      cudaLaunchConfig_t draw =
+          configure(a.base.batch_size * blocks, kDrawingWarps * kWarp, stream);
+      draw.attrs = &attribute;
+      draw.numAttrs = 1;
+      return cudaLaunchKernelEx(&draw, draw_kernel<T>, a, blocks, plan.drawing_share, findings);
     }
+    constexpr int requests = 4;  // a block
+    cudaLaunchConfig_t finish =
+        configure((a.base.batch_size + requests - 1) / requests, requests * kWarp, stream);
+    finish.attrs = &attribute;
+    finish.numAttrs = 1;
+    return cudaLaunchKernelEx(&finish, finish_kernel, a,
+                              static_cast<const uint8_t*>(findings.verdicts),
+                              static_cast<const int32_t*>(findings.tokens));
+  }
+
+  static cudaError_t find(const LogitsParams& a, const LogitsPlan& plan,
+                          const Findings<T>& findings, cudaStream_t stream) {
     const int blocks = plan.blocks_per_position, kept = plan.kept_tiles;
     cudaLaunchConfig_t config =
         configure(a.base.batch_size * blocks, warps_per_block(a.base.vocab_size) * kWarp, stream);
@@ -656,24 +842,21 @@ struct LaunchLogits {
     const auto kernel = a.filters() ? positions_kernel<T, true> : positions_kernel<T, false>;
     const int64_t shared_bytes =
         PositionShared::bytes(num_tiles(a.base.vocab_size), a.filters(), kept);
-    const cudaError_t error = launch_in_clusters(kernel, config, blocks, shared_bytes, a, blocks,
-                                                 plan.early_exit, kept > 0, findings);
-    if (error != cudaSuccess || a.base.spec_length == 0) return error;
-    if (plan.early_exit) {
-      config.gridDim = dim3(static_cast<unsigned>(a.base.batch_size * plan.fused.blocks_per_row));
-      return launch_in_clusters(draw_kernel<T>, config, plan.fused.blocks_per_row,
-                                exchange_bytes(a.base.vocab_size), a, plan.fused.blocks_per_row,
-                                findings);
-    }
-    constexpr int requests = 4;  // a block
-    cudaLaunchConfig_t finish =
-        configure((a.base.batch_size + requests - 1) / requests, requests * kWarp, stream);
-    cudaLaunchAttribute attribute = overlapping();
-    finish.attrs = &attribute;
-    finish.numAttrs = 1;
-    return cudaLaunchKernelEx(&finish, finish_kernel, a,
-                              static_cast<const uint8_t*>(findings.verdicts),
-                              static_cast<const int32_t*>(findings.tokens));
+    return launch_in_clusters(kernel, config, blocks, shared_bytes, a, blocks, plan.early_exit,
+                              kept > 0, findings);
+  }
+
+  static cudaError_t decide(const LogitsParams& a, const LogitsPlan& plan,
+                            const Findings<T>& findings, cudaLaunchAttribute& attribute,
+                            cudaStream_t stream) {
+    const int tiles = num_tiles(a.base.vocab_size) * (num_draft_rows(a) > 0 ? 2 : 1);
+    const int blocks = blocks_of_shares(tiles, kDecidingWarps * plan.deciding_share);
+    cudaLaunchConfig_t config =
+        configure(a.base.batch_size * blocks, kDecidingWarps * kWarp, stream);
+    config.gridDim.y = static_cast<unsigned>(a.base.spec_length + 1);
+    config.attrs = &attribute;
+    config.numAttrs = 1;
+    return cudaLaunchKernelEx(&config, decide_kernel<T>, a, blocks, plan.deciding_share, findings);
   }
 
   static cudaError_t by_rows(const LogitsParams& a, const LogitsPlan& logits_plan, char* workspace,
@@ -740,7 +923,7 @@ int plan_from_logits(const LogitsParams& a, Exchange exchange, int blocks, Logit
   if (error != cudaSuccess) return error;
   plan->blocks_per_position = 0;
   plan->early_exit = false;
-  plan->kept_tiles = 0;
+  plan->kept_tiles = plan->deciding_share = plan->drawing_share = 0;
   if (plan->fused.exchange == Exchange::kCluster && !a.base.block_verification) {
     plan->blocks_per_position = blocks > 0 ? blocks : blocks_per_position(a, *device);
     plan->kept_tiles =
@@ -749,7 +932,15 @@ int plan_from_logits(const LogitsParams& a, Exchange exchange, int blocks, Logit
     // With all of them running at once there is no end to be found, and time to draw for nothing.
     const int64_t all = num_target_rows(a.base) * plan->blocks_per_position;
     plan->early_exit = a.base.spec_length > 0 && all > blocks_at_once(a, *device);
-    if (blocks == 0) plan->fused.blocks_per_row = drawing_blocks(a, *device);
+    const int tiles = num_tiles(a.base.vocab_size);
+    plan->drawing_share = share_of_tiles(a.base.batch_size, tiles, *device);
+    // Of few requests the clusters of positions_kernel know the verdict sooner, and float32 rows
+    // take it as long.
+    constexpr int kMany = 32, kDecidingShare = 4;
+    const bool many = a.base.batch_size >= kMany && a.base.dtype != Dtype::kFloat32;
+    if (plan->early_exit && blocks == 0 && !a.filters() && many) {
+      plan->deciding_share = kDecidingShare;
+    }
   }
   plan->workspace_bytes = Workspace(a, *plan).bytes();
   return cudaSuccess;

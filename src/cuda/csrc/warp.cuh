@@ -26,6 +26,18 @@ __device__ __forceinline__ float half_to_float(uint16_t bits) {
   return value;
 }
 
+// atomicAdd that publishes what this thread has stored or seen before.
+__device__ __forceinline__ unsigned add_released(unsigned* counter, unsigned value) {
+  unsigned before;
+  asm volatile("atom.add.release.gpu.global.u32 %0, [%1], %2;"
+               : "=r"(before)
+               : "l"(counter), "r"(value)
+               : "memory");
+  return before;
+}
+// After it this thread sees what was published to what it has read.
+__device__ __forceinline__ void acquire() { __threadfence(); }
+
 // Clusters exist from sm_90 on. Below it these are never reached: plan_fused chooses a workspace.
 
 // This block's place in its cluster, and its cluster's in the grid.
@@ -200,10 +212,10 @@ constexpr int kMaxWarps = 16;
 // of 16 warps then fit a multiprocessor. ptxas spills for sm_120 at 64.
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 1200
 constexpr int kMaxFusedWarps = 16;
-constexpr int kResidentBlocks = 1;
+constexpr int kResidentBlocks = 1, kResidentShares = 4;
 #else
 constexpr int kMaxFusedWarps = 32;
-constexpr int kResidentBlocks = 2;
+constexpr int kResidentBlocks = 2, kResidentShares = 8;
 #endif
 constexpr unsigned kIdleGrid = 64;  // blocks
 constexpr unsigned kAllLanes = 0xFFFFFFFFu;
