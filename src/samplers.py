@@ -39,6 +39,14 @@ class Sampler(NamedTuple):
             module.require(device)
         return getattr(module, self.function)
 
+    def is_available(self, device: str = "cpu") -> bool:
+        """Whether `load` finds it there."""
+        try:
+            self.load(device)
+        except SamplerUnavailable:
+            return False
+        return True
+
 
 _SAMPLERS = [
     Sampler("baseline", "Baseline (Python loop)", "src.baseline.rejection_sampler"),

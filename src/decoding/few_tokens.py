@@ -74,8 +74,4 @@ def fits(shape, layers, head) -> bool:
         or any(size % _ALIGNMENT for size in sizes)
     ):
         return False
-    try:
-        samplers.get("cuda").load("cuda")  # the same extension has them
-    except samplers.SamplerUnavailable:
-        return False
-    return True
+    return samplers.get("cuda").is_available("cuda")  # the same extension has them

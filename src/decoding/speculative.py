@@ -177,7 +177,6 @@ class Decoder:
                 f"{self.target.vocab_size}; wanted the same vocabulary"
             )
         self._state = State(batch_size, capacity, spec_length, eos_token_ids, self.device)
-        self._columns = torch.arange(spec_length + 1, device=self.device)
         self._not_argmax = torch.zeros((), dtype=torch.int64, device=self.device)
         self._none = torch.empty((batch_size, 0), dtype=torch.int64, device=self.device)
         self._capturable = capturable
@@ -208,7 +207,7 @@ class Decoder:
         before = state.start.clone() if self._check_argmax else None
         state.advance(output, self._draft_ids)
         if self._check_argmax:
-            kept = self._columns < (state.start - before)[:, None]
+            kept = state.columns < (state.start - before)[:, None]
             best = Distribution.best(self.distribution, self._logits)  # not by a sampler's kernel
             self._not_argmax += (kept & (output.token_ids != best)).sum()
 

@@ -27,7 +27,7 @@ class State:
         and begins to verify.
     counts: [1 + 3 K], as views of it rounds, drafted, examined, accepted (see Stats).
     left: tokens that the row furthest from its limit may still take.
-    eos: the tokens that end a row. All are int64.
+    eos: the tokens that end a row. columns: 0 to K. All are int64.
     """
 
     def __init__(self, batch_size: int, capacity: int, spec_length: int, eos_token_ids, device):
@@ -46,10 +46,14 @@ class State:
         self.rounds = self.counts[0]
         self.drafted, self.examined, self.accepted = self.counts[1:].view(3, spec_length)
         self.left = zeros()
-        self._first_offsets = torch.arange(spec_length + 1, device=device)[:, None]
-        self._columns = torch.arange(spec_length + 1, device=device)
+        self.columns = torch.arange(spec_length + 1, device=device)
         self._newest = torch.arange(-1, 1, device=device)
-        self._in_one_launch = _has_kernel(self.tokens) and spec_length < _MOST_COLUMNS
+        # Where the extension has CUDA: elsewhere the same is some thirty launches.
+        self._in_one_launch = (
+            self.tokens.is_cuda
+            and spec_length < _MOST_COLUMNS
+            and samplers.get("cuda").is_available("cuda")
+        )
 
     def clear(self) -> None:
         """No rows: every one is done, and stays where it is in a round."""
@@ -57,7 +61,7 @@ class State:
             tensor.zero_()
         self.counts.zero_()
         self.left.zero_()
-        self.offsets.copy_(self._first_offsets.expand_as(self.offsets))
+        self.offsets.copy_(self.columns[:, None].expand_as(self.offsets))
 
     def fill(self, prompts, max_new_tokens: int, seeds) -> int:
         """Begins a row for each prompt, the others being done; the longest prompt's length."""
@@ -98,7 +102,7 @@ class State:
             self._advance(token_ids, output.num_accepted[:, None], draft_token_ids)
 
     def _advance(self, token_ids, num_accepted, draft_token_ids) -> None:
-        columns = self._columns
+        columns = self.columns
         active = (self.start < self.limit)[:, None]
         position = self.start[:, None] + 1 + columns
         keep = active & (columns <= num_accepted) & (position <= self.limit[:, None])
@@ -121,15 +125,3 @@ class State:
     def _update_newest(self) -> None:
         at = (self.start[:, None] + self._newest).clamp(min=0)
         torch.gather(self.tokens, 1, at, out=self.newest)
-
-
-def _has_kernel(tensor: torch.Tensor) -> bool:
-    """Whether the extension has decoding_round.advance for that device: elsewhere the same is some
-    thirty launches."""
-    if not tensor.is_cuda:
-        return False
-    try:
-        samplers.get("cuda").load("cuda")
-    except samplers.SamplerUnavailable:
-        return False
-    return True

@@ -579,19 +579,12 @@ __global__ void __launch_bounds__(kAttentionWarps* kWarp)
 template <typename... Parameters, typename... Args>
 cudaError_t launch(void (*kernel)(Parameters...), dim3 blocks, int threads, size_t shared_bytes,
                    void* stream, const Args&... args) {
-  cudaFuncAttributes attributes;
-  const cudaError_t error =
-      cudaFuncGetAttributes(&attributes, reinterpret_cast<const void*>(kernel));
-  if (error != cudaSuccess) return error;
-  cudaLaunchAttribute overlapping = fused_rejection::overlapping();
   cudaLaunchConfig_t config = {};
   config.gridDim = blocks;
   config.blockDim = dim3(static_cast<unsigned>(threads));
   config.dynamicSmemBytes = shared_bytes;
   config.stream = static_cast<cudaStream_t>(stream);
-  config.attrs = &overlapping;
-  config.numAttrs = fused_rejection::is_for_sm_90(attributes) ? 1 : 0;
-  return cudaLaunchKernelEx(&config, kernel, Parameters(args)...);
+  return fused_rejection::launch_asking(kernel, config, args...);
 }
 
 int multiprocessors() {

@@ -76,14 +76,11 @@ __global__ void advance_kernel(const Round a) {
 
 int launch_advance(const Round& a, void* stream) {
   const int warps = a.batch_size < kMostWarps ? a.batch_size : kMostWarps;
-  cudaLaunchAttribute attribute = fused_rejection::overlapping();
   cudaLaunchConfig_t config = {};
   config.gridDim = dim3(1);
   config.blockDim = dim3(static_cast<unsigned>(warps * kWarp));
   config.stream = static_cast<cudaStream_t>(stream);
-  config.attrs = &attribute;
-  config.numAttrs = 1;
-  return cudaLaunchKernelEx(&config, advance_kernel, a);
+  return fused_rejection::launch_asking(advance_kernel, config, a);
 }
 
 }  // namespace decoding_round

@@ -569,25 +569,21 @@ __global__ void __launch_bounds__(kDecidingWarps* kWarp, 4)
     load_tile(i < tiles ? x_p : x_q, i < tiles ? i : i - tiles, vocab_size,
               kNegativeInfinityWord<T>, lane, raw);
   };
-  // Whether a position before this one is known to end the request: a hint, looked at while the
-  // next tile is on its way.
-  const volatile uint8_t* verdicts = findings.verdicts + position - k + lane;
-  const auto look = [&] { return lane < static_cast<int>(k) && *verdicts == kEnds; };
   RawTile<T> raw;
   if (begin < end) load(begin, raw);
-  bool ends_before = look();
-  if (threadIdx.x == 0) is_over = false;
-  __syncthreads();
+  if (k > 0) {  // one warp looks, so that all leave together
+    if (warp == 0) {
+      const bool over = warp_is_over(findings.verdicts + position - k, k, lane);
+      if (lane == 0) is_over = over;
+    }
+    __syncthreads();
+    if (is_over) return;
+  }
   const float scale = a.scale(b);
   TileStats own = {};
   for (int i = begin; i < end; ++i) {
-    if (__ballot_sync(kAllLanes, ends_before)) {
-      if (lane == 0) is_over = true;
-      break;
-    }
     RawTile<T> next;
     if (i + 1 < end) load(i + 1, next);
-    ends_before = look();
     const TileStats found = warp_tile_stats(raw, scale, kNegativeInfinity, !greedy);
     if (lane == i - begin) own = found;
     raw = next;
@@ -599,7 +595,7 @@ __global__ void __launch_bounds__(kDecidingWarps* kWarp, 4)
     findings.stats[row * tiles + (i < tiles ? i : i - tiles)] = own;
   }
   __syncthreads();
-  if (warp != 0 || is_over) return;
+  if (warp != 0) return;
   const int count = all - block_begin < of_block ? all - block_begin : of_block;
   if (warp_completes(findings.arrived + position, count, all, lane)) {
     warp_decide_position(a, b, k, is_last, rows, findings, lane);
@@ -811,26 +807,20 @@ struct LaunchLogits {
       findings.verdicts =
           reinterpret_cast<uint8_t*>(workspace + sizes.bytes() - sizes.verdicts_bytes);
     }
-    cudaLaunchAttribute attribute = overlapping();
-    const cudaError_t error = plan.deciding_share ? decide(a, plan, findings, attribute, stream)
-                                                  : find(a, plan, findings, stream);
+    const cudaError_t error =
+        plan.deciding_share ? decide(a, plan, findings, stream) : find(a, plan, findings, stream);
     if (error != cudaSuccess || a.base.spec_length == 0) return error;
     if (plan.early_exit) {
       const int blocks = blocks_of_shares(tiles, kDrawingWarps * plan.drawing_share);
-      cudaLaunchConfig_t draw =
+      const cudaLaunchConfig_t draw =
           configure(a.base.batch_size * blocks, kDrawingWarps * kWarp, stream);
-      draw.attrs = &attribute;
-      draw.numAttrs = 1;
-      return cudaLaunchKernelEx(&draw, draw_kernel<T>, a, blocks, plan.drawing_share, findings);
+      return launch_overlapping(draw_kernel<T>, draw, true, a, blocks, plan.drawing_share,
+                                findings);
     }
     constexpr int requests = 4;  // a block
-    cudaLaunchConfig_t finish =
+    const cudaLaunchConfig_t finish =
         configure((a.base.batch_size + requests - 1) / requests, requests * kWarp, stream);
-    finish.attrs = &attribute;
-    finish.numAttrs = 1;
-    return cudaLaunchKernelEx(&finish, finish_kernel, a,
-                              static_cast<const uint8_t*>(findings.verdicts),
-                              static_cast<const int32_t*>(findings.tokens));
+    return launch_overlapping(finish_kernel, finish, true, a, findings.verdicts, findings.tokens);
   }
 
   static cudaError_t find(const LogitsParams& a, const LogitsPlan& plan,
@@ -847,16 +837,14 @@ struct LaunchLogits {
   }
 
   static cudaError_t decide(const LogitsParams& a, const LogitsPlan& plan,
-                            const Findings<T>& findings, cudaLaunchAttribute& attribute,
-                            cudaStream_t stream) {
+                            const Findings<T>& findings, cudaStream_t stream) {
     const int tiles = num_tiles(a.base.vocab_size) * (num_draft_rows(a) > 0 ? 2 : 1);
     const int blocks = blocks_of_shares(tiles, kDecidingWarps * plan.deciding_share);
     cudaLaunchConfig_t config =
         configure(a.base.batch_size * blocks, kDecidingWarps * kWarp, stream);
     config.gridDim.y = static_cast<unsigned>(a.base.spec_length + 1);
-    config.attrs = &attribute;
-    config.numAttrs = 1;
-    return cudaLaunchKernelEx(&config, decide_kernel<T>, a, blocks, plan.deciding_share, findings);
+    return launch_overlapping(decide_kernel<T>, config, true, a, blocks, plan.deciding_share,
+                              findings);
   }
 
   static cudaError_t by_rows(const LogitsParams& a, const LogitsPlan& logits_plan, char* workspace,
@@ -935,11 +923,11 @@ int plan_from_logits(const LogitsParams& a, Exchange exchange, int blocks, Logit
     const int tiles = num_tiles(a.base.vocab_size);
     plan->drawing_share = share_of_tiles(a.base.batch_size, tiles, *device);
     // Of few requests the clusters of positions_kernel know the verdict sooner, and float32 rows
-    // take it as long.
-    constexpr int kMany = 32, kDecidingShare = 4;
+    // take it as long. Twice the tiles make as many blocks of twice the share.
+    constexpr int kMany = 32;
     const bool many = a.base.batch_size >= kMany && a.base.dtype != Dtype::kFloat32;
     if (plan->early_exit && blocks == 0 && !a.filters() && many) {
-      plan->deciding_share = kDecidingShare;
+      plan->deciding_share = num_draft_rows(a) > 0 ? 8 : 4;
     }
   }
   plan->workspace_bytes = Workspace(a, *plan).bytes();

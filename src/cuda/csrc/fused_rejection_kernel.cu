@@ -128,11 +128,9 @@ struct LaunchFused {
       return cudaLaunchKernelEx(&config, block_kernel<T, Step::kSelect>, a, 1, workspace);
     }
     if (is_alone(n, a.vocab_size)) {
-      cudaLaunchAttribute attribute = overlapping();
-      config.attrs = &attribute;
-      config.numAttrs = plan.exchange == Exchange::kCluster ? 1 : 0;
       config.dynamicSmemBytes = static_cast<size_t>(exchange_bytes(a.vocab_size));
-      return cudaLaunchKernelEx(&config, fused_kernel<T, Step::kAlone>, a, n, workspace);
+      return launch_overlapping(fused_kernel<T, Step::kAlone>, config,
+                                plan.exchange == Exchange::kCluster, a, n, workspace);
     }
     if (plan.exchange == Exchange::kCluster) {
       return launch_in_clusters(fused_kernel<T, Step::kInCluster>, config, n,

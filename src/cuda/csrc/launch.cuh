@@ -75,7 +75,6 @@ struct Device {
                                             // have a multiprocessor to itself
   int64_t shared_bytes;                     // that a kernel may ask for
   int largest_cluster;  // 0: no clusters, or none in the code compiled for this card
-  int spread_clusters[kLargestCluster + 1];  // of n blocks with a multiprocessor each, at once
 };
 
 int clusters_at_once(const void* kernel, int size, int warps, int64_t shared_bytes) {
@@ -105,7 +104,7 @@ cudaError_t describe(const void* const (&kernels)[n], int ordinal, Device* devic
   cudaFuncAttributes attributes;
   if (error == cudaSuccess) error = cudaFuncGetAttributes(&attributes, kernels[0]);
   if (error != cudaSuccess) return error;
-  *device = {device->multiprocessors, attributes.maxThreadsPerBlock / kWarp, {}, 0, 0, {}};
+  *device = {device->multiprocessors, attributes.maxThreadsPerBlock / kWarp, {}, 0, 0};
   device->shared_bytes = std::min(kMaxSharedBytes, most_shared - kStaticSharedBytes);
   // Without such code the cluster instructions are left out too.
   if (major < 9 || !is_for_sm_90(attributes)) return cudaSuccess;
@@ -121,10 +120,8 @@ cudaError_t describe(const void* const (&kernels)[n], int ordinal, Device* devic
       device->largest_cluster = kPortableCluster;
     }
   }
-  const int64_t half = most_shared / 2;  // no two blocks that want so much fit a multiprocessor
   for (int size = 1; size <= device->largest_cluster; ++size) {
     device->large_clusters[size] = clusters_at_once(kernels[0], size, device->most_warps, 0);
-    device->spread_clusters[size] = clusters_at_once(kernels[0], size, kMaxWarps, half);
   }
   return cudaSuccess;
 }

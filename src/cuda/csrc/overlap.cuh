@@ -42,5 +42,26 @@ inline cudaLaunchAttribute overlapping() {
   return attribute;
 }
 
+// `waits`: whether the card and the kernel's code have the waits; without them it comes after.
+template <typename... Parameters, typename... Args>
+cudaError_t launch_overlapping(void (*kernel)(Parameters...), cudaLaunchConfig_t config, bool waits,
+                               const Args&... args) {
+  cudaLaunchAttribute attribute = overlapping();
+  config.attrs = &attribute;
+  config.numAttrs = waits ? 1 : 0;
+  return cudaLaunchKernelEx(&config, kernel, Parameters(args)...);
+}
+
+// The same for a kernel of which that is not known: its code is asked.
+template <typename... Parameters, typename... Args>
+cudaError_t launch_asking(void (*kernel)(Parameters...), const cudaLaunchConfig_t& config,
+                          const Args&... args) {
+  cudaFuncAttributes attributes;
+  const cudaError_t error =
+      cudaFuncGetAttributes(&attributes, reinterpret_cast<const void*>(kernel));
+  if (error != cudaSuccess) return error;
+  return launch_overlapping(kernel, config, is_for_sm_90(attributes), args...);
+}
+
 }  // namespace
 }  // namespace fused_rejection
