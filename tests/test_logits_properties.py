@@ -239,7 +239,8 @@ def test_a_row_of_block_verification_depends_neither_on_its_batch_mates_nor_on_i
     assert_rows_stand_alone(lambda part: run(sample, part, layouts, device), case, order)
 
 
-def assert_rows_stand_alone(sample, case, order):
+def assert_rows_stand_alone(sample, case, order, floats_differ_by=0.0):
+    """floats_differ_by: relative; 0 is to the bit."""
     batch_size = len(case["uniforms"])
     if batch_size == 0:
         return
@@ -247,7 +248,10 @@ def assert_rows_stand_alone(sample, case, order):
     rows = [order.randrange(batch_size) for _ in range(order.randint(1, 7))]
     part = {key: None if value is None else value[rows] for key, value in case.items()}
     for ours, wanted in zip(sample(part), whole, strict=True):
-        assert torch.equal(bits(ours), bits(wanted[rows]))
+        if floats_differ_by and ours.is_floating_point():
+            assert np.allclose(ours, wanted[rows], rtol=floats_differ_by, atol=floats_differ_by)
+        else:
+            assert torch.equal(bits(ours), bits(wanted[rows]))
 
 
 @pytest.mark.parametrize("q", [math.nan, math.inf, -1.0])
@@ -469,4 +473,7 @@ def test_sampling_emits_the_oracles_tokens_and_logsumexp_wherever_a_row_stands(
     _, expected = oracle.sample_from_logits(case["logits"], uniforms=case["uniforms"], **options)
     sure = ~truth.edge
     assert np.allclose(output.logsumexp.numpy()[sure], expected[sure], rtol=1e-6, atol=1e-6)
-    assert_rows_stand_alone(sample, case, order)
+    # On a card PyTorch chooses the order of a sum by the shape of the whole tensor.
+    is_pytorch_on_a_card = name == "vectorized" and device == "cuda"
+    rounding = 8 * np.finfo(np.float64).eps if is_pytorch_on_a_card else 0.0
+    assert_rows_stand_alone(sample, case, order, rounding)

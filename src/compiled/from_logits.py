@@ -103,6 +103,7 @@ def sample_from_logits(
         seeds[b]); or generator; the default one where nothing is given.
     Returns token_ids [B] int64 and logsumexp [B] float64, the log of the sum of exp(logit /
     temperature) over what the filters left (a greedy row's largest logit; -inf for a row of -inf).
+    On a card its last bits depend on the batch size, as those of PyTorch's sums do.
     Raises TypeError and ValueError as contract.validate_sample does.
     """
     validate_sample(
