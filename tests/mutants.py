@@ -34,6 +34,7 @@ LEFT_BEHIND = (".git", ".venv", "build", "__pycache__", ".hypothesis", ".pytest_
 LEFT_BEHIND += (".ruff_cache", "benchmark_results")
 EXTENSION_TESTS = ("tests/test_samplers.py", "tests/test_properties.py")
 EXTENSION_TESTS += ("tests/test_emulated_kernels.py", "tests/test_operator.py")
+EXTENSION_TESTS += ("tests/test_block.py",)
 TESTS = {  # of a file: the test files, and pytest's -k
     HEADER: (EXTENSION_TESTS, "cpp or emulated or kernels or flattened"),
     CPP: (EXTENSION_TESTS, "cpp or flattened"),
@@ -49,9 +50,10 @@ TESTS = {  # of a file: the test files, and pytest's -k
         "baseline",
     ),
     "src/compiled/rejection_sampler.py": (
-        ("tests/test_samplers.py", "tests/test_properties.py"),
+        ("tests/test_samplers.py", "tests/test_properties.py", "tests/test_block.py"),
         "vectorized and not compiled",
     ),
+    "src/compiled/from_logits.py": (("tests/test_from_logits.py",), "vectorized"),
     "src/randomness.py": (("tests/test_philox.py", "tests/test_samplers.py"), ""),
     "src/contract.py": (("tests/test_contract.py", "tests/test_samplers.py"), ""),
     "src/peers/compat.py": (("tests/test_peers_compat.py",), ""),
@@ -59,6 +61,8 @@ TESTS = {  # of a file: the test files, and pytest's -k
         ("tests/test_decoding.py", "tests/test_decoding_lossless.py"),
         "from_logits",
     ),
+    "src/decoding/state.py": (("tests/test_decoding_state.py", "tests/test_decoding.py"), ""),
+    "src/decoding/spec_length.py": (("tests/test_decoding_spec_length.py",), ""),
     "src/decoding/drafts.py": (("tests/test_decoding.py",), "always_accepted"),
 }
 
@@ -424,6 +428,90 @@ MUTANTS = [
         "src/decoding/drafts.py",
         "query, ahead = state.newest, -1",
         "query, ahead = state.newest[:, 1:], 0",
+    ),
+    Mutant(
+        "block: the longest prefix is taken with the accept uniform before the last",
+        HEADER,
+        "if (drafts > 0 && !(uniform(a, request.b, drafts - 1) < reach[drafts])) {",
+        "if (drafts > 0 && !(uniform(a, request.b, 0) < reach[drafts])) {",
+    ),
+    Mutant(
+        "block: what is recovered after a prefix is not weighed by its reach",
+        HEADER,
+        "row = {request.row(accepted, request.id(accepted)), reach[accepted]};",
+        "row = {request.row(accepted, request.id(accepted)), 1.0};",
+    ),
+    Mutant(
+        "block: a prefix without reach may be taken",
+        HEADER,
+        "if (!(reach[accepted] > 0.0)) continue;",
+        "",
+    ),
+    Mutant(
+        "logits: a block decides before all of its row is there",
+        POSITIONS,
+        "if (done != static_cast<unsigned>(wanted)) return false;",
+        "",
+    ),
+    Mutant(
+        "logits: a share of tiles that reaches into the draft's row is stored in the target's",
+        POSITIONS,
+        "i < tiles ? position : num_target_rows(a.base)",
+        "i < tiles ? position : 0",
+    ),
+    Mutant(
+        "logits: the launch that draws begins each block's tiles at the row's first",
+        POSITIONS,
+        "const int block_begin = rank * kDrawingWarps * share, begin",
+        "const int block_begin = 0, begin",
+    ),
+    Mutant(
+        "vectorized: a prefix may reach beyond 1 and come back",
+        "src/compiled/rejection_sampler.py",
+        "reach = (walk - walk.cummax(1).values).exp()",
+        "reach = walk.exp().clamp(max=1.0)",
+    ),
+    Mutant(
+        "vectorized from logits: top-p is taken before the temperature",
+        "src/compiled/from_logits.py",
+        "weights = shifted.exp()\n",
+        "weights = (x - largest).exp()\n",
+    ),
+    Mutant(
+        "vectorized from logits: of equal logits at the k-th only some are kept",
+        "src/compiled/from_logits.py",
+        "weights = torch.where(x >= threshold, weights, 0.0)",
+        "weights = torch.where(x > threshold, weights, 0.0)",
+    ),
+    Mutant(
+        "vectorized from logits: a greedy row takes all that tie",
+        "src/compiled/from_logits.py",
+        "torch.where(vocabulary == first, 0.0, -torch.inf)",
+        "torch.where(x == largest, 0.0, -torch.inf)",
+    ),
+    Mutant(
+        "bookkeeping: tokens behind an EOS are kept",
+        "src/decoding/state.py",
+        "keep = keep & (is_eos.cumsum(1) == is_eos)",
+        "keep = keep & (is_eos.cumsum(1) >= 0)",
+    ),
+    Mutant(
+        "bookkeeping: a row takes tokens beyond its limit",
+        "src/decoding/state.py",
+        "& (position <= self.limit[:, None])",
+        "",
+    ),
+    Mutant(
+        "bookkeeping: a round's stream begins where the last one's did",
+        "src/decoding/state.py",
+        "self.offsets += 2 * self.spec_length + 1",
+        "self.offsets += 0",
+    ),
+    Mutant(
+        "the choice of a length takes all drafts for the price of one",
+        "src/decoding/spec_length.py",
+        "/ (len(shares) * cost.draft + cost.verify + cost.other)",
+        "/ (cost.draft + cost.verify + cost.other)",
     ),
 ]
 

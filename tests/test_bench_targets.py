@@ -5,6 +5,7 @@ import torch
 
 from src import from_logits, oracle
 from src.benchmarking import (
+    glance,
     kernel,
     logits,
     results,
@@ -91,7 +92,8 @@ def test_the_kernels_target_is_the_larger_of_a_factor_and_a_margin_over_the_floo
 
 
 def test_a_cell_that_the_kernel_loses_is_said():
-    rows = [gpu_row("cuda", 10.0), gpu_row("vectorized", 5.0), gpu_row("other", 20.0)]
+    rows = [gpu_row("cuda", 10.0), gpu_row("vectorized", 5.0)]
+    rows.append(gpu_row("other", 20.0, exact=False))
     kernel.add_targets(rows)
     said = "\n".join(target_tables.kernel_words(as_result(rows)))
     assert "Vectorized is faster by GPU time" in said and "lost to no other" not in said
@@ -100,6 +102,21 @@ def test_a_cell_that_the_kernel_loses_is_said():
     rows[1] = gpu_row("vectorized", 50.0)
     kernel.add_targets(rows)
     assert "lost to no other" in "\n".join(target_tables.kernel_words(as_result(rows)))
+
+
+def test_the_glance_sets_the_kernel_beside_the_fastest_of_other_packages():
+    env = {"device": "Card X", "driver": "1", "cuda": "13", "torch": "2", "python": "3"}
+    env |= {"commit": "c" * 40, "dirty": False, "utc": "2025-01-01T00:00:00+00:00"}
+    rows = [gpu_row("cuda", 10.0), gpu_row("vectorized", 5.0), gpu_row("baseline", 80.0)]
+    rows += [gpu_row("slow", 40.0, exact=False), gpu_row("quick", 25.0, exact=False)]
+    result = {"script": "from_logits", "rows": rows, "environment": env}
+    line, *_, said = glance.glance([result]).splitlines()[2:]
+    cells = [cell.strip() for cell in line.strip("|").split("|")]
+    assert cells[0] == "logits" and cells[3:] == ["10.0", "25.0 (Quick)", "2.5x", "5", "100"]
+    assert said.startswith("- Logits: Card X") and "2025-01-01" in said
+    alone = result | {"rows": rows[:3]}
+    other = result | {"script": "quick_demo"}
+    assert glance.glance([alone, other]) == "Nothing recorded on a card yet."
 
 
 def test_the_python_loop_is_left_out_of_large_batches_with_a_reason():

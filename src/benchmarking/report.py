@@ -13,12 +13,14 @@ import sys
 from pathlib import Path
 
 from src.benchmarking import environment, page, results
+from src.benchmarking.glance import glance
 from src.benchmarking.rendering import SUMMARIES, brief
 from src.benchmarking.tables import conditions, notes
 
 MARKERS = re.compile(r"(<!-- table:([a-z0-9_]+) -->\n).*?(<!-- /table -->)", re.DOTALL)
 
-
+# The results that the table at the top of the README is made of.
+GLANCE = ("test_batch_sizes", "from_logits")
 # What runs a script that is not <script>.py at the top level.
 _PROGRAMS = {"kernel": "-m src.benchmarking.kernel", "from_logits": "-m src.benchmarking.logits"}
 
@@ -31,37 +33,54 @@ def readme_text(readme: str, recorded: Path) -> str:
 
 
 def _recorded_tables(script: str, recorded: Path) -> str:
-    paths = [*recorded.glob(f"*/{script}.json"), *recorded.glob(f"*/{script}-*.json")]
-    paths = [path for path in paths if not path.stem.endswith("-smoke")]
-    paths = filter(environment.is_recorded, paths)
-    # Graphics cards first.
-    paths = sorted(paths, key=lambda path: (path.parent.name.startswith("cpu-"), path))
+    if script == "glance":
+        card = next(iter(_recorded(f"*/{GLANCE[0]}.json", recorded)), recorded / "none")
+        paths = [card.parent / f"{name}.json" for name in GLANCE]
+        return glance([results.load(path) for path in paths if environment.is_recorded(path)])
+    paths = _recorded(f"*/{script}.json", recorded)
+    paths += _recorded(f"*/{script}-*.json", recorded)
     if not paths:
         program = _PROGRAMS.get(script, f"{script}.py")
         return f"Nothing recorded yet: `python {program}` measures it on your machine."
     if script in SUMMARIES:
-        addresses = [path.with_suffix(".md").relative_to(recorded.parent) for path in paths]
-        found = zip(map(results.load, paths), (a.as_posix() for a in addresses), strict=True)
-        return SUMMARIES[script](list(found))
-    blocks = []
+        addresses = [_address(path.with_suffix(".md"), recorded) for path in paths]
+        return SUMMARIES[script](list(zip(map(results.load, paths), addresses, strict=True)))
+    return "\n\n".join([_block(paths[0], script, recorded), *_others(paths[1:], script, recorded)])
+
+
+def _recorded(pattern: str, recorded: Path) -> list[Path]:
+    """The results that git keeps, graphics cards first; a smoke run is none."""
+    paths = [path for path in recorded.glob(pattern) if not path.stem.endswith("-smoke")]
+    paths = filter(environment.is_recorded, paths)
+    return sorted(paths, key=lambda path: (path.parent.name.startswith("cpu-"), path))
+
+
+def _address(path: Path, recorded: Path) -> str:
+    return path.relative_to(recorded.parent).as_posix()
+
+
+def _block(path: Path, script: str, recorded: Path) -> str:
+    """A result's machine, its table, and where the rest is."""
+    result = results.load(path)
+    said = len(notes(result["rows"]))
+    full = _address(path.with_suffix(".md"), recorded)
+    lines = [f"{conditions(result)}:", "", brief(result), ""]
+    lines.append(f"[Every figure]({full})" + (f", with {said} notes on rows." if said else "."))
+    plot = path.with_suffix(".png")
+    if plot.exists() and environment.is_recorded(plot):
+        device = result["environment"]["device"]
+        lines += ["", f"![{script}, {device}]({_address(plot, recorded)})"]
+    return "\n".join(lines)
+
+
+def _others(paths: list[Path], script: str, recorded: Path) -> list[str]:
+    """One line for what else was recorded."""
+    links = []
     for path in paths:
-        result = results.load(path)
-        short = brief(result)
-        lines = [f"{conditions(result)}:", "", short]
-        if path.stem != script:
-            lines[0] = f"`{result['environment']['command']}`, {lines[0]}"
-        full = path.with_suffix(".md").relative_to(recorded.parent).as_posix()
-        said = len(notes(result["rows"]))
-        lines += [
-            "",
-            f"[Every figure]({full})" + (f", with {said} notes on rows." if said else "."),
-        ]
-        plot = path.with_suffix(".png")
-        if plot.exists() and environment.is_recorded(plot):
-            address = plot.relative_to(recorded.parent).as_posix()
-            lines += ["", f"![{script}, {result['environment']['device']}]({address})"]
-        blocks.append("\n".join(lines))
-    return "\n\n".join(blocks)
+        text = results.load(path)["environment"]["device"]
+        text += "" if path.stem == script else f", {path.stem}"
+        links.append(f"[{text}]({_address(path.with_suffix('.md'), recorded)})")
+    return [f"Recorded too: {'; '.join(links)}."] if links else []
 
 
 def main(argv: list[str] | None = None) -> int:
