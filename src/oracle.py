@@ -111,7 +111,7 @@ def _verify_block(ids, q, p, u) -> tuple[int, np.ndarray, float]:
     for i in range(length, -1, -1):
         row = _residual(reach[i] * p[i], q[i]) if i < length else _weights(p[i])
         passes = reach[i]
-        if i < length and reach[i] < 1:
+        if i < length and 0 < reach[i] < 1:  # at 0 never, even beside a residual of negative q
             passes = row.sum() / (row.sum() + 1 - reach[i])
         if i == 0 or u[i - 1] < passes:
             return i, row, min(margin, _margin(u[i - 1], passes) if i else np.inf)

@@ -322,6 +322,18 @@ MUTANTS = [
         "",
     ),
     Mutant(
+        "thresholds: what a warp remembers is taken for all that there is",
+        THRESHOLDS,
+        "          count = -1;\n",
+        "          count = kRemembered;\n",
+    ),
+    Mutant(
+        "thresholds: of two tiles looked at together only the first counts",
+        THRESHOLDS,
+        "half < (two ? 4 : 2)",
+        "half < 2",
+    ),
+    Mutant(
         "thresholds: the logit that reaches the share is left out",
         THRESHOLDS,
         "before < goal.wanted && goal.wanted <= with",
@@ -448,10 +460,10 @@ MUTANTS = [
         "",
     ),
     Mutant(
-        "logits: a block decides before all of its row is there",
+        "logits: the first block that is done with its share decides",
         POSITIONS,
         "if (done != static_cast<unsigned>(wanted)) return false;",
-        "",
+        "if (done != static_cast<unsigned>(count)) return false;",
     ),
     Mutant(
         "logits: a share of tiles that reaches into the draft's row is stored in the target's",

@@ -49,6 +49,17 @@ def test_p_equal_to_q_is_always_accepted(name, device):
 
 
 @on_every_device
+def test_a_prefix_that_the_target_gives_nothing_never_passes(name, device):
+    case = make_case(1, 2, 3)
+    case["draft_token_ids"][0] = torch.tensor([0, 1])
+    case["target_probs"][0] = torch.tensor([0.0, 0.5, 0.5])
+    case["draft_probs"][0] = torch.tensor([-5.0, 0.5, 0.5])  # its negative leaves a residual
+    case["uniforms"][0] = 0.5
+    output = check(name, device, case)
+    assert output.num_accepted.tolist() == [0]
+
+
+@on_every_device
 def test_one_draft_is_verified_as_a_token_is(name, device):
     case = to_device(make_case(200, 1, 100), device)
     sample = samplers.get(name).load(device)

@@ -222,8 +222,13 @@ def test_thresholds_of_rows_that_overflow_the_list(kind):
     check_thresholds(filtered_row(kind, 20008))
 
 
+@pytest.mark.parametrize("kind", ["flat", "coarse"])
+def test_thresholds_of_more_logits_than_a_warp_remembers(kind):
+    check_thresholds(filtered_row(kind, 20008), launch=("cluster", 1))
+
+
 @pytest.mark.parametrize("blocks", [2, 4])
-@pytest.mark.parametrize("kind", ["peaked", "ties"])
+@pytest.mark.parametrize("kind", ["peaked", "ties", "coarse", "half"])
 def test_thresholds_found_by_the_blocks_of_a_cluster(kind, blocks):
     check_thresholds(filtered_row(kind, 4003), launch=("cluster", blocks))
 

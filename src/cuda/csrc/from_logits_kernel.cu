@@ -76,9 +76,9 @@ __global__ void __launch_bounds__(kMaxWarps* kWarp)
   if (!at.x) return;
   const int vocab_size = static_cast<int>(a.base.vocab_size);
   int exchange = 0;
-  const float threshold =
-      find_threshold(*reinterpret_cast<Search*>(shared), Team{0, 1, 0, nullptr}, Filters(a, at.b),
-                     at.x, stats + row * num_tiles(vocab_size), vocab_size, &exchange);
+  const float threshold = find_threshold<T, false>(
+      *reinterpret_cast<Search*>(shared), Team{0, 1, 0, nullptr}, Filters(a, at.b), at.x,
+      stats + row * num_tiles(vocab_size), vocab_size, &exchange);
   if (threadIdx.x == 0) thresholds[row] = threshold;
 }
 
@@ -204,15 +204,16 @@ struct PositionShared {
   float* thresholds;  // of the target's row, the draft's
   TileSums sums;
   TileStats* stats;  // [2][tiles]: the target's row, the draft's
-  Search* search;    // where there are filters
+  Search* search;    // where there are filters; a Memory behind it
   float* kept;       // the weights of `slots` tiles
 
   static constexpr int kCounts = 6, kWords = kCounts + 3;
+  static constexpr int64_t kSearchBytes = sizeof(Search) + sizeof(Memory);
 
   FR_HOST_DEVICE static constexpr int64_t bytes(int64_t tiles, bool filtered, int slots) {
     const int64_t exchanged = 2 * tiles * static_cast<int64_t>(sizeof(float) + sizeof(TileStats));
     return kWords * static_cast<int64_t>(sizeof(uint64_t)) + exchanged +
-           (filtered ? static_cast<int64_t>(sizeof(Search)) : 0) + kept_bytes(slots);
+           (filtered ? kSearchBytes : 0) + kept_bytes(slots);
   }
 
   __device__ PositionShared(uint64_t* shared, int tiles, bool filtered)
@@ -223,7 +224,8 @@ struct PositionShared {
         sums{reinterpret_cast<float*>(shared + kWords), shared + 2},
         stats(reinterpret_cast<TileStats*>(sums.sums + 2 * tiles)),
         search(reinterpret_cast<Search*>(stats + 2 * tiles)),
-        kept(reinterpret_cast<float*>(search + (filtered ? 1 : 0))) {}
+        kept(reinterpret_cast<float*>(reinterpret_cast<char*>(search) +
+                                      (filtered ? kSearchBytes : 0))) {}
 };
 
 // A position's token goes to the findings, or to the outputs of a request without drafts.
@@ -376,8 +378,8 @@ __global__ void __launch_bounds__(kMaxWarps* kWarp, kResidentPositions<T, filter
     const Team team{rank % team_size, team_size, rank - rank % team_size, at.barrier};
     int exchange = 0;
     for (int row = halved ? rank / team_size : 0; row < rows; row += halved ? rows : 1) {
-      const float found = find_threshold(*at.search, team, filters, row == 0 ? x_p : x_q,
-                                         at.stats + row * tiles, vocab_size, &exchange);
+      const float found = find_threshold<T, true>(*at.search, team, filters, row == 0 ? x_p : x_q,
+                                                  at.stats + row * tiles, vocab_size, &exchange);
       if (halved) {
         if (team.rank == 0 && warp == 0 && lane < blocks) {
           send_to_block(at.thresholds + row, at.pending + 5, lane, found);
@@ -394,21 +396,32 @@ __global__ void __launch_bounds__(kMaxWarps* kWarp, kResidentPositions<T, filter
       threshold_q = at.thresholds[1];
     }
     const bool sums_later = !greedy && !sums_first;
-    if (sums_later || threshold_p > kNegativeInfinity || threshold_q > kNegativeInfinity) {
+    const auto threshold_of = [&](int i) { return i < tiles ? threshold_p : threshold_q; };
+    const auto changes = [&](float threshold) {
+      return sums_later || threshold > kNegativeInfinity;
+    };
+    if (changes(threshold_p) || changes(threshold_q)) {
+      // Where a tile was seen to have nothing to keep, it is not read again.
+      const auto keeps = [&](int i, float threshold) {
+        return i < rows * tiles && at.stats[i].largest >= threshold && changes(threshold);
+      };
+      bool is_kept = keeps(first, threshold_of(first));
+      if (is_kept) load(first, raw);
       for (int i = first; i < rows * tiles; i += step) {
-        const float threshold = i < tiles ? threshold_p : threshold_q;
+        const float threshold = threshold_of(i), next_threshold = threshold_of(i + step);
+        const bool is_next_kept = keeps(i + step, next_threshold);
+        RawTile<T> next;
+        if (kTwoTiles<T> && is_next_kept) load(i + step, next);
         TileStats found = at.stats[i];
         __syncwarp();  // what is sent below overwrites it
-        if (sums_later || threshold > kNegativeInfinity) {
-          // Where a tile was seen to have nothing to keep, it is not read again.
-          const bool keeps = found.largest >= threshold;
+        if (changes(threshold)) {
           found = {kNegativeInfinity, 0.0f};
-          if (keeps) {
-            load(i, raw);
-            found = warp_tile_stats(raw, scale, threshold, true);
-          }
+          if (is_kept) found = warp_tile_stats(raw, scale, threshold, true);
         }
         tell(i, found, 1);
+        is_kept = is_next_kept;
+        if (kTwoTiles<T>) raw = next;
+        if (!kTwoTiles<T> && is_kept) load(i + step, raw);
       }
       if (warp < rows) wait_for_bytes(at.pending + 1);
     }
