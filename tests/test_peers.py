@@ -1,6 +1,7 @@
 """The peers as samplers: absent ones say so, fakes stand in for those that want a card, and
 transformers, which runs on a CPU, follows the target."""
 
+import functools
 import sys
 from importlib import metadata
 from types import ModuleType
@@ -117,6 +118,8 @@ def test_the_adapters_layouts_bring_our_own_operator_back_unharmed(monkeypatch, 
     install(monkeypatch, package, "99.0", **{path: {function: ours}})
     sample = peers.get(name).load("cuda")
     follows_the_target(sample, draws=20_000)
+    if peers.get(name).reads == "logits":
+        follows_the_target(from_logits(sample), draws=20_000)
     case = make_case(5, 3, 40)
     call = sample.prepare(case["draft_token_ids"], case["draft_probs"], case["target_probs"])
     first, second = call(), call()
@@ -124,6 +127,56 @@ def test_the_adapters_layouts_bring_our_own_operator_back_unharmed(monkeypatch, 
     many = torch.stack([call().token_ids for _ in range(20)])
     assert (many != many[0]).any(), "each call must draw fresh numbers"
     assert second.token_ids.shape == (5, 4)
+
+
+def logits_of(case, dtype):
+    draft, target = (case[f"{side}_probs"].log().to(dtype) for side in ("draft", "target"))
+    return case["draft_token_ids"], draft, target
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("name", ["vllm-v1", "vllm-v2"])
+def test_a_peer_of_logits_is_given_them_as_they_are(monkeypatch, name, dtype):
+    package, path, function = STAND_INS[name]
+    ours, given = OURS[name][0], {}
+
+    @functools.wraps(ours)
+    def stand_in(**arguments):
+        given.update(arguments)
+        return ours(**arguments)
+
+    install(monkeypatch, package, "99.0", **{path: {function: stand_in}})
+    ids, draft, target = logits_of(make_case(5, 3, 40), dtype)
+    call = peers.get(name).load("cuda").prepare_logits(ids, draft, target)
+    output = call()
+    assert output.token_ids.shape == (5, 4) and output.token_ids.dtype == ids.dtype
+    rows = target[:, :3] if name == "vllm-v1" else target  # V1's bonus is drawn by the caller
+    assert torch.equal(given["target_logits"], rows.reshape(-1, 40))
+    if name == "vllm-v1":
+        assert torch.equal(given["draft_probs"], draft.float().softmax(-1).reshape(-1, 40))
+    else:
+        assert torch.equal(given["draft_logits"], draft)
+
+
+def test_transformers_is_given_float32_logits(monkeypatch):
+    def stand_in(
+        candidate_input_ids, candidate_logits, candidate_length, new_logits, is_done_candidate
+    ):
+        assert candidate_logits.dtype == new_logits.dtype == torch.float32
+        rows.append((candidate_logits, new_logits))
+        return candidate_input_ids[:, :1], torch.tensor(0)
+
+    rows, functions = [], {"_speculative_sampling": stand_in}
+    install(monkeypatch, "transformers", "99.0", **{"transformers.generation.utils": functions})
+    ids, draft, target = logits_of(make_case(5, 3, 40), torch.bfloat16)
+    peers.get("transformers").load("cpu").prepare_logits(ids, draft, target)()
+    for given, wanted in zip(zip(*rows, strict=True), (draft, target), strict=True):
+        assert torch.equal(torch.cat(given), wanted.float())
+
+
+def from_logits(adapter):
+    """The adapter as a sampler of probabilities whose logits it is given."""
+    return lambda ids, q, p: adapter.prepare_logits(ids, q.log(), p.log())()
 
 
 def follows_the_target(sample, draws):
