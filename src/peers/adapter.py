@@ -96,6 +96,12 @@ def _numbers(version: str) -> tuple[int, ...]:
     return tuple(numbers)
 
 
+def want_cuda(package: str, device: str) -> None:
+    """Raises SamplerUnavailable for another device than "cuda"."""
+    if device != "cuda":
+        raise SamplerUnavailable(f"{package} runs on cuda, not on {device}")
+
+
 def refuse_one_hot(draft: torch.Tensor | None, peer: str) -> None:
     """draft: the argument that is None where the draft is one-hot. Raises ValueError then."""
     if draft is None:

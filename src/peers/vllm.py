@@ -8,8 +8,8 @@ from types import SimpleNamespace
 
 import torch
 
-from src.contract import PLACEHOLDER_TOKEN_ID, SamplerOutput, SamplerUnavailable
-from src.peers.adapter import Adapter, LogitsAdapter, find, refuse_one_hot
+from src.contract import PLACEHOLDER_TOKEN_ID, SamplerOutput
+from src.peers.adapter import Adapter, LogitsAdapter, find, refuse_one_hot, want_cuda
 
 _PACKAGE = ("vllm", "0.11", "0.33.0")
 _V1_PARAMETERS = (
@@ -43,7 +43,7 @@ def load_v1(device: str) -> Adapter:
     samples before the call, is drawn inside it here, by the same exponential race: without it the
     call would not do the operator's work. Raises SamplerUnavailable."""
     sample = find(*_PACKAGE, "vllm.v1.sample.rejection_sampler", "rejection_sample", _V1_PARAMETERS)
-    _want_cuda(device)
+    want_cuda("vllm", device)
     reads_logits = "target_logits" in inspect.signature(sample).parameters
 
     def prepare(draft_token_ids, draft_logits, target_logits):
@@ -91,7 +91,7 @@ def load_v2(device: str) -> Adapter:
     """V2, on logits of any dtype. Raises SamplerUnavailable."""
     module = "vllm.v1.worker.gpu.spec_decode.rejection_sampler_utils"
     sample = find(*_PACKAGE, module, "rejection_sample", _V2_PARAMETERS)
-    _want_cuda(device)
+    want_cuda("vllm", device)
 
     def prepare(draft_token_ids, draft_logits, target_logits):
         refuse_one_hot(draft_logits, "this adapter of vLLM V2")
@@ -131,8 +131,3 @@ def load_v2(device: str) -> Adapter:
 
 def _softmax(logits: torch.Tensor) -> torch.Tensor:
     return logits.softmax(-1, dtype=torch.float32)
-
-
-def _want_cuda(device: str) -> None:
-    if device != "cuda":
-        raise SamplerUnavailable(f"vllm runs on cuda, not on {device}")
