@@ -12,7 +12,7 @@ import torch
 import compare_vocab_sizes
 import quick_demo
 import test_batch_sizes
-from src import samplers
+from src import from_logits, samplers
 from src.benchmarking import (
     cli,
     environment,
@@ -25,6 +25,7 @@ from src.benchmarking import (
     workloads,
 )
 from src.contract import SamplerUnavailable
+from src.peers.adapter import Adapter, LogitsAdapter
 
 ROOT = Path(__file__).resolve().parent.parent
 SMALL = ["--batch-size", "2", "--spec-length", "2", "--vocab-size", "100", "--runs", "3"]
@@ -213,24 +214,17 @@ def test_gpu_time_and_the_floor_have_a_table_and_a_panel(tmp_path):
     assert (tmp_path / "plot.png").stat().st_size > 10_000
 
 
-def peers_double(sample, reads="probabilities"):
+def peers_double(adapter, reads="probabilities"):
     """A registry as src/peers would be: one peer that works, one that is not installed."""
 
     def missing(device):
         raise SamplerUnavailable("no package 'other'", "pip install other==1.0")
 
-    class Adapter:
-        def __call__(self, draft_token_ids, draft_probs, target_probs):
-            return sample(draft_token_ids, draft_probs, target_probs)
-
-        def prepare(self, *arguments):
-            return lambda: sample(*arguments)
-
     def entry(name, label, load, reads=reads):
         return SimpleNamespace(name=name, label=label, load=load, reads=reads)
 
     entries = {
-        "ours": entry("ours", "Ours again", lambda device: Adapter()),
+        "ours": entry("ours", "Ours again", lambda device: adapter),
         "other": entry("other", "Other", missing),
         "else": entry("else", "Reads something else", missing, "something else"),
     }
@@ -243,7 +237,8 @@ def test_peers_are_rows_of_the_same_run_and_missing_ones_say_what_to_install(
     capsys, tmp_path, monkeypatch
 ):
     sample = samplers.get("vectorized").load()
-    monkeypatch.setitem(sys.modules, "src.peers", peers_double(sample))
+    adapter = Adapter(lambda *arguments: lambda: sample(*arguments))
+    monkeypatch.setitem(sys.modules, "src.peers", peers_double(adapter))
     argv = [*SMOKE, "--samplers", "baseline", "--peers", "--output", str(tmp_path)]
     assert test_batch_sizes.main(argv) == 0
     out = capsys.readouterr().out
@@ -257,15 +252,22 @@ def test_peers_are_rows_of_the_same_run_and_missing_ones_say_what_to_install(
 
 
 def test_peers_that_read_logits_are_in_the_table_of_logits(capsys, tmp_path, monkeypatch):
-    sample = samplers.get("vectorized").load()
-    monkeypatch.setitem(sys.modules, "src.peers", peers_double(sample, "logits"))
+    sample, given = from_logits.get("vectorized").load().rejection_sample_from_logits, []
+
+    def prepare_logits(draft_token_ids, draft_logits, target_logits):
+        given.append({draft_logits.dtype, target_logits.dtype})
+        return lambda: sample(draft_token_ids, target_logits, draft_logits=draft_logits)
+
+    double = peers_double(LogitsAdapter(prepare_logits), "logits")
+    monkeypatch.setitem(sys.modules, "src.peers", double)
     assert logits.main([*SMOKE, "--peers", "--output", str(tmp_path)]) == 0
     rows = results.load(next(tmp_path.glob("*/*.json")))["rows"]
     ours = [row for row in rows if row["sampler"] == "ours"]
-    timed = [row for row in ours if row["latency_us"]]
-    assert timed and all(r["dtype"] == "float32" and r["status"] == "ok" for r in timed)
-    assert {row["reason"] for row in ours if not row["latency_us"]} == {
-        "its adapter gives it float32 logits without a filter"
+    timed = [(row["dtype"], row["workload"]) for row in ours if row["latency_us"]]
+    assert set(timed) == {("bfloat16", "no filter"), ("float32", "no filter")}
+    assert {torch.bfloat16} in given and {torch.float32} in given, "logits as the workload has them"
+    assert {row["reason"] for row in ours if row["workload"] != "no filter"} == {
+        "top-k and top-p come before the call that its adapter makes"
     }
 
 

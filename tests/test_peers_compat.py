@@ -425,6 +425,157 @@ def test_v2_refuses_what_it_does_not_do():
         compat.vllm_v2_rejection_sample(**{**v2_case(), "draft_sampled": torch.zeros(3)})
 
 
+# ---- SGLang
+
+
+def sglang_arguments(case, extra_coins=0):
+    """A case as the chain's arguments, the tokens' places in no order."""
+    (batch_size, spec_length), u = case["draft_token_ids"].shape, case["uniforms"]
+    rows = spec_length + 1
+    places = torch.randperm(batch_size * rows, generator=torch.Generator().manual_seed(1))
+    unread = torch.zeros(batch_size, extra_coins)
+    return {
+        "predicts": torch.full((batch_size * rows,), -9, dtype=torch.int32),
+        "accept_index": torch.full((batch_size, rows), -8, dtype=torch.int32),
+        "accept_token_num": torch.full((batch_size,), -7, dtype=torch.int32),
+        "candidates": torch.cat([torch.full((batch_size, 1), 3), case["draft_token_ids"]], dim=1),
+        "retrive_index": places.view(batch_size, rows),
+        "retrive_next_token": None,
+        "retrive_next_sibling": None,
+        "uniform_samples": torch.cat([u[:, :spec_length], unread], dim=1),
+        "uniform_samples_for_final_sampling": u[:, spec_length].contiguous(),
+        "target_probs": case["target_probs"],
+        "draft_probs": case["draft_probs"],
+        "threshold_single": 1.0,
+        "threshold_acc": 1.0,
+        "deterministic": True,
+    }
+
+
+def sglang_chain(case, extra_coins=0, **options):
+    """token_ids [B, K+1] padded with -1 and the accepted drafts, the buffers checked."""
+    arguments = sglang_arguments(case, extra_coins)
+    assert compat.sglang_chain_speculative_sampling(**arguments, **options) is None
+    counts, places = arguments["accept_token_num"], arguments["retrive_index"]
+    emitted = torch.arange(places.shape[1]) <= counts[:, None]
+    assert torch.equal(arguments["accept_index"], torch.where(emitted, places, -8).int())
+    tokens = arguments["predicts"][places]
+    assert (tokens[~emitted] == -9).all(), "written where no token is"
+    return torch.where(emitted, tokens, -1), counts
+
+
+@pytest.mark.parametrize("verification", ["token", "block"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_sglangs_chain_emits_the_oracles_tokens_for_its_uniforms(dtype, verification):
+    options = {"block_verification": True} if verification == "block" else {}
+    accepted = 0
+    for seed in range(10):
+        case = make_case(7, 4, 1000, dtype=dtype, seed=seed)
+        tokens, counts = sglang_chain(case, seed % 2, **options)
+        expect(tokens, counts, **case, verification=verification)
+        accepted += int(counts.sum())
+    assert accepted > 70
+
+
+def test_sglangs_chain_with_bad_drafts_and_zero_residuals():
+    case = make_case(5, 2, 20)
+    p, q, ids = (case[k] for k in ("target_probs", "draft_probs", "draft_token_ids"))
+    ids[0, 0], ids[1, 0] = -1, 20
+    p[2, 0], p[2, 0, 3], q[2, 0], ids[2, 0] = 0, 0.5, 1.0, 4  # rejected, and p - q is nowhere > 0
+    q[3, 0, ids[3, 0]] = 0.0  # p, but no q
+    p[4, 0, ids[4, 0]], q[4, 0, ids[4, 0]], case["uniforms"][4, 0] = 0.9, 1.5, 0.5  # 0.5 q < p
+    for seed in range(30):
+        case["uniforms"][:, -1] = torch.rand(5, generator=torch.Generator().manual_seed(seed))
+        tokens, counts = sglang_chain(case)
+        assert counts.tolist()[:3] == [0, 0, 0] and counts[3] > 0 and counts[4] > 0
+        assert tokens[2, 0] == 3
+        assert ((tokens[:2, 0] >= 0) & (tokens[:2, 0] < 20)).all()
+
+
+def blockwise_case(dtype=torch.float32, draft_vocab=200):
+    """Arguments of sglang_blockwise_rejection: 5 requests, 3 drafts (a row of logits more), 200
+    tokens."""
+    g = torch.Generator().manual_seed(2)
+    target = 3 * torch.randn(5, 4, 200, generator=g)
+    draft = target[..., :draft_vocab] + torch.randn(5, 4, draft_vocab, generator=g)
+    q = draft.softmax(-1).reshape(-1, draft_vocab)
+    return {
+        "candidates": torch.multinomial(q, 1, generator=g).view(5, 4).roll(1, dims=1),
+        "target_logits": target.to(dtype).view(20, 200),
+        "draft_logits": draft.to(dtype),
+        "target_temperatures": torch.tensor([[1.0], [0.7], [1.5], [1.0], [0.4]]),
+        "draft_temperatures": torch.tensor([0.8, 1.0, 1.0, 2.0, 0.5]),
+        "noise": SimpleNamespace(key=2**63 - 40, counter=torch.tensor([5])),
+    }
+
+
+def blockwise_oracle(case):
+    """oracle.rejection_sample's arguments for the step that the counter stands before."""
+
+    def softmax(logits, temperatures):
+        return (logits.float() / temperatures.view(-1, 1, 1)).softmax(-1)
+
+    q = None
+    if case["draft_logits"] is not None:
+        q = softmax(case["draft_logits"][:, :3], case["draft_temperatures"])
+        q = torch.cat([q, torch.zeros(5, 3, 200 - q.shape[-1])], dim=-1)
+    seeds = np.full(5, case["noise"].key) + case["noise"].counter.numpy()
+    return {
+        "draft_token_ids": case["candidates"][:, 1:],
+        "draft_probs": q,
+        "target_probs": softmax(case["target_logits"].view(5, 4, 200), case["target_temperatures"]),
+        "uniforms": philox.uniforms(seeds, np.arange(5) * 4, 4),
+    }
+
+
+def emitted_by(case, kept, last):
+    """token_ids [B, K+1] of what block-wise rejection returns."""
+    drafts = torch.cat([case["candidates"][:, 1:], torch.full((len(kept), 1), -1)], dim=1)
+    columns, end = torch.arange(drafts.shape[1]), kept[:, None]
+    return torch.where(columns == end, last[:, None], torch.where(columns < end, drafts, -1))
+
+
+@pytest.mark.parametrize("draft", ["same", "narrow", "one-hot"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_sglangs_blockwise_emits_the_oracles_tokens_step_by_step(dtype, draft):
+    case = blockwise_case(dtype, 150 if draft == "narrow" else 200)
+    if draft == "one-hot":
+        case["draft_logits"] = None
+    accepted = 0
+    for step in range(50):
+        assert case["noise"].counter.tolist() == [5 + step]
+        wanted = blockwise_oracle(case)
+        kept, last, cut = compat.sglang_blockwise_rejection(**case)
+        assert (kept.dtype, last.dtype, cut.dtype) == (torch.int32, torch.int64, torch.int32)
+        expect(emitted_by(case, kept, last), kept, **wanted)
+        assert not cut.any()
+        accepted += int(kept.sum())
+    assert accepted > (20 if draft == "one-hot" else 50)
+
+
+def test_sglangs_blockwise_cutoff_ends_a_row_with_the_draft_after_it():
+    case = blockwise_case()
+    case["draft_logits"] = case["target_logits"].view(5, 4, 200)
+    case["draft_temperatures"] = case["target_temperatures"]  # p == q: every draft is accepted
+    kept, last, cut = compat.sglang_blockwise_rejection(
+        **case, cutoff_verify_lens=torch.tensor([1, 2, 3, 4, 4])
+    )
+    assert (kept.tolist(), cut.tolist()) == ([0, 1, 2, 3, 3], [3, 2, 1, 0, 0])
+    assert last.tolist()[:3] == [int(case["candidates"][b, b + 1]) for b in range(3)]
+
+
+def test_sglangs_blockwise_placeholder_gives_a_token_of_the_target():
+    case = blockwise_case()
+    case["candidates"][:, 1] = -1
+    for _ in range(20):
+        wanted = blockwise_oracle(case)
+        kept, last, _ = compat.sglang_blockwise_rejection(**case)
+        assert not kept.any()
+        expect(emitted_by(case, kept, last), kept, **wanted)
+    case["candidates"][:, 1] = 200
+    assert not compat.sglang_blockwise_rejection(**case)[0].any()
+
+
 # ---- On a card
 
 
@@ -446,6 +597,24 @@ def test_on_a_gpu_the_tokens_are_the_oracles_too():
         case = v2_case(one_hot)
         sampled, num_sampled = compat.vllm_v2_rejection_sample(**to_device(case, "cuda"))
         expect(sampled.cpu(), num_sampled.cpu() - 1, **v2_oracle(case))
+
+
+@pytest.mark.gpu
+def test_on_a_gpu_sglangs_tokens_are_the_oracles_too():
+    case = make_case(7, 4, 1000)
+    on_cpu = sglang_arguments(case)
+    on_gpu = to_device(on_cpu, "cuda")
+    for arguments in (on_cpu, on_gpu):
+        compat.sglang_chain_speculative_sampling(**arguments)
+    for name in ("predicts", "accept_index", "accept_token_num"):
+        assert torch.equal(on_gpu[name].cpu(), on_cpu[name]), name
+    case = blockwise_case()
+    there = to_device(case, "cuda")
+    counter = case["noise"].counter.cuda()
+    there["noise"] = SimpleNamespace(key=case["noise"].key, counter=counter)
+    kept, last, _ = (tensor.cpu() for tensor in compat.sglang_blockwise_rejection(**there))
+    expect(emitted_by(case, kept, last), kept, **blockwise_oracle(case))
+    assert counter.tolist() == [6]
 
 
 @pytest.mark.gpu

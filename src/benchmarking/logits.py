@@ -170,30 +170,11 @@ def _softmax_first(name: str, device: str) -> Callable:
     return verify
 
 
-def _from_logits(peer: Contestant) -> Contestant:
-    """A peer, whose adapter makes its logits of probabilities, for inputs of logits. Its own tests
-    of distribution have probabilities, which go to it as they are."""
-    if peer.function is None:
-        return peer
-
-    def arguments(inputs: dict) -> dict:
-        if "target_probs" in inputs:
-            return inputs
-        found = {name: inputs[name] for name in ("draft_token_ids", "uniforms")}
-        for side in ("draft", "target"):
-            found[f"{side}_probs"] = inputs[f"{side}_logits"].softmax(-1, dtype=torch.float32)
-        return found
-
-    return peer._replace(
-        function=lambda **inputs: peer.function(**arguments(inputs)),
-        prepare=lambda **inputs: peer.prepare(**arguments(inputs)),
-    )
-
-
 def not_theirs(cell: Workload, entrant: Contestant) -> str | None:
-    if entrant.exact or (cell.dtype == "float32" and not workloads.FILTERS[cell.name]):
+    """Why a peer has no place in a cell, or None: none filters inside the call that is timed."""
+    if entrant.exact or not workloads.FILTERS[cell.name]:
         return None
-    return "its adapter gives it float32 logits without a filter"
+    return "top-k and top-p come before the call that its adapter makes"
 
 
 def add_targets(rows: list[dict]) -> None:
@@ -228,7 +209,7 @@ def main(argv: list[str] | None = None) -> int:
     args.entrants = contestants(args.device)
     if args.peers:
         try:
-            args.entrants += [_from_logits(p) for p in peers.contestants(args.device, "logits")]
+            args.entrants += peers.contestants(args.device, "logits")
         except SamplerUnavailable as error:
             parser.error(f"--peers: {error}")
     options = {"problem": PROBLEM, "budget_s": BUDGET_S, "leave_out": not_theirs}

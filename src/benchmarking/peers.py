@@ -9,13 +9,15 @@ from src.benchmarking import sweep
 from src.contract import SamplerUnavailable
 
 _REGISTRY = "src.peers"
-_ARGUMENTS = ("draft_token_ids", "draft_probs", "target_probs")
+_PROBABILITIES = ("draft_token_ids", "draft_probs", "target_probs")
+_LOGITS = ("draft_token_ids", "draft_logits", "target_logits")
 
 
 def contestants(device: str, reads: str = "probabilities") -> list[sweep.Contestant]:
     """The peers that read "probabilities" or "logits"; one that is not installed, too old, faulty
     or not for `device` says so. They draw their own random numbers, so none is held to the oracle's
-    tokens. What they want otherwise laid out is laid out before their time counts.
+    tokens. What they want otherwise laid out is laid out before their time counts. Those that read
+    logits take inputs of logits, and of probabilities, as of checks.distribution, too.
 
     Raises SamplerUnavailable where there is no registry.
     """
@@ -33,10 +35,12 @@ def contestants(device: str, reads: str = "probabilities") -> list[sweep.Contest
 def _adapted(entrant: sweep.Contestant) -> sweep.Contestant:
     adapter = entrant.function
 
-    def sample(uniforms, **inputs):
-        return adapter(**inputs)
+    def prepare(**inputs) -> Callable:
+        if "target_logits" in inputs:
+            return adapter.prepare_logits(*(inputs[name] for name in _LOGITS))
+        return adapter.prepare(*(inputs[name] for name in _PROBABILITIES))
 
-    def prepare(uniforms, **inputs) -> Callable:
-        return adapter.prepare(*(inputs[name] for name in _ARGUMENTS))
+    def sample(**inputs):
+        return prepare(**inputs)()
 
     return entrant._replace(function=sample, prepare=prepare)

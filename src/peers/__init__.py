@@ -40,6 +40,8 @@ _PEERS = [
         "probabilities",
         "load_preallocated",
     ),
+    Peer("sglang", "SGLang chain", "src.peers.sglang", "probabilities", "load_chain"),
+    Peer("sglang-blockwise", "SGLang block-wise", "src.peers.sglang", "logits", "load_blockwise"),
     Peer("vllm-v1", "vLLM V1", "src.peers.vllm", "logits", "load_v1"),
     Peer("vllm-v2", "vLLM V2", "src.peers.vllm", "logits", "load_v2"),
 ]

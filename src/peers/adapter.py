@@ -36,6 +36,25 @@ class Adapter:
         return self.prepare(draft_token_ids, draft_probs, target_probs)()
 
 
+class LogitsAdapter(Adapter):
+    """An Adapter of a peer that reads logits.
+
+    prepare_logits: (draft_token_ids, draft_logits, target_logits) -> call as of prepare, with
+        draft_logits [B, K, V] (None: the draft is one-hot) and target_logits [B, K+1, V] of one
+        dtype, float32, bfloat16 or float16. The peer is given them as they are, or in float32
+        where its load says so.
+    prepare: the same, of float32 logits whose softmax is the probabilities (normalised).
+    """
+
+    def __init__(self, prepare_logits: Callable[..., Callable[[], SamplerOutput]]):
+        def prepare(draft_token_ids, draft_probs, target_probs):
+            draft_logits = None if draft_probs is None else draft_probs.float().log()
+            return prepare_logits(draft_token_ids, draft_logits, target_probs.float().log())
+
+        super().__init__(prepare)
+        self.prepare_logits = prepare_logits
+
+
 def find(package: str, minimum: str, tested: str, module: str, name: str, parameters=()):
     """The function `name` of an installed peer.
 
@@ -77,11 +96,13 @@ def _numbers(version: str) -> tuple[int, ...]:
     return tuple(numbers)
 
 
-def refuse_one_hot(draft_probs: torch.Tensor | None, peer: str) -> None:
-    if draft_probs is None:
-        raise ValueError(f"draft_probs is None; {peer} wants the draft's distribution")
+def want_cuda(package: str, device: str) -> None:
+    """Raises SamplerUnavailable for another device than "cuda"."""
+    if device != "cuda":
+        raise SamplerUnavailable(f"{package} runs on cuda, not on {device}")
 
 
-def to_logits(probs: torch.Tensor) -> torch.Tensor:
-    """Logits whose softmax is `probs` (normalised): what a peer that reads logits is given."""
-    return probs.float().log()
+def refuse_one_hot(draft: torch.Tensor | None, peer: str) -> None:
+    """draft: the argument that is None where the draft is one-hot. Raises ValueError then."""
+    if draft is None:
+        raise ValueError(f"the draft is one-hot; {peer} wants its distribution")

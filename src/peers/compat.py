@@ -3,11 +3,15 @@
 Swap in: `flashinfer.sampling.chain_speculative_sampling = compat.chain_speculative_sampling`,
 `vllm.v1.sample.rejection_sampler.rejection_sample = compat.vllm_rejection_sample`,
 `vllm.v1.worker.gpu.spec_decode.rejection_sampler.rejection_sample =
-compat.vllm_v2_rejection_sample` (the name in the module that calls it).
+compat.vllm_v2_rejection_sample` (the name in the module that calls it),
+`sglang.srt.speculative.eagle_utils.chain_speculative_sampling_triton =
+compat.sglang_chain_speculative_sampling` (and in the other modules that call it),
+`sglang.kernels.ops.speculative.dspark.blockwise_rejection.blockwise_rejection_triton =
+compat.sglang_blockwise_rejection`.
 
 Same arguments, result types and distribution; the same seed gives other tokens, because the peers
-draw from the residual in other ways. What else differs is listed with each function, and
-tests/test_peers_compat.py holds each line.
+draw from the residual in other ways (SGLang's chain, which is given uniforms, draws as we do). What
+else differs is listed with each function, and tests/test_peers_compat.py holds each line.
 """
 
 from __future__ import annotations
@@ -363,3 +367,116 @@ def vllm_v2_rejection_sample(
         verification="block" if use_block_verification else "token",
     )
     return output.token_ids[:, : steps + 1], output.num_accepted + 1
+
+
+def sglang_chain_speculative_sampling(
+    predicts: torch.Tensor,
+    accept_index: torch.Tensor,
+    accept_token_num: torch.Tensor,
+    candidates: torch.Tensor,
+    retrive_index: torch.Tensor,
+    retrive_next_token: torch.Tensor,
+    retrive_next_sibling: torch.Tensor,
+    uniform_samples: torch.Tensor,
+    uniform_samples_for_final_sampling: torch.Tensor,
+    target_probs: torch.Tensor,
+    draft_probs: torch.Tensor,
+    threshold_single: float,
+    threshold_acc: float,
+    deterministic: bool,
+    *,
+    block_verification: bool = False,
+) -> None:
+    """SGLang's chain_speculative_sampling_triton (signature of 0.5.23).
+
+    predicts: int32, written: entry retrive_index[b, k] gets token k of row b.
+    accept_index: [B, K+1] int32, written: retrive_index as far as tokens are emitted.
+    accept_token_num: [B] int32, written: the accepted drafts.
+    candidates: [B, K+1] int64 or int32; a row's first entry is no draft.
+    retrive_index: [B, K+1] int64 or int32, no number twice.
+    uniform_samples: [B, K] float32, or more columns, which are not read.
+    uniform_samples_for_final_sampling: [B] float32.
+    target_probs: [B, K+1, V]. draft_probs: [B, K, V], of the same dtype.
+    block_verification: algorithm 2 of arXiv:2403.10444. The other arguments are not read, there
+        neither.
+
+    The same uniforms accept the same drafts, and give the same last token but for the rounding of
+    sums. What else differs from SGLang:
+    - A draft id of -1 ends its row, and other ids outside [0, V) are rejected; SGLang reads
+      outside the row.
+    - A draft that has p but no q is accepted, and one with q over 1 by its test; SGLang rejects
+      both.
+    - A zero residual gives a token of the target; SGLang gives token V - 1.
+    Raises TypeError and ValueError as contract.validate does, SamplerUnavailable without the
+    extension.
+    """
+    spec_length = candidates.shape[1] - 1
+    last = uniform_samples_for_final_sampling[:, None]
+    output = fused_sampler.rejection_sample(
+        candidates[:, 1:],
+        draft_probs,
+        target_probs,
+        uniforms=torch.cat([uniform_samples[:, :spec_length], last], dim=1),
+        verification="block" if block_verification else "token",
+    )
+    emitted, places = output.token_ids != PLACEHOLDER_TOKEN_ID, retrive_index.long()
+    predicts[places] = torch.where(emitted, output.token_ids.to(predicts.dtype), predicts[places])
+    accept_index.copy_(torch.where(emitted, retrive_index.to(accept_index.dtype), accept_index))
+    accept_token_num.copy_(output.num_accepted)
+
+
+def sglang_blockwise_rejection(
+    *,
+    candidates: torch.Tensor,
+    target_logits: torch.Tensor,
+    draft_logits: torch.Tensor | None,
+    target_temperatures: torch.Tensor,
+    draft_temperatures: torch.Tensor,
+    noise,
+    cutoff_verify_lens: torch.Tensor | None = None,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """SGLang's blockwise_rejection_triton (signature of 0.5.23).
+
+    candidates: [B, K+1] int64 or int32; a row's first entry is no draft.
+    target_logits: [B * (K+1), V]. draft_logits: [B, K or more, a V of its own], or None where the
+        draft is one-hot. Any floating dtype; the temperatures, of B numbers above 0, are applied
+        here.
+    noise: has key, an int, and counter [1] int64, to which each call adds 1.
+    cutoff_verify_lens: [B], 1 to K+1: at most so many tokens are emitted; None is K+1.
+    Returns the accepted drafts [B] int32, the last tokens [B] int64, and the accepted drafts that
+    the cutoff took away [B] int32.
+
+    Differs from SGLang:
+    - A draft of -1 ends its row, whose last token then comes from the target at that place; SGLang
+      draws it from the residual. Both reject other ids outside the vocabulary.
+    - Uniform k of row b is draw b * (K+1) + k of the Philox stream of key + counter; SGLang has a
+      number a draft of (key, counter) and one Gumbel noise a vocabulary entry.
+    - Softmax is a pass of its own over all rows here: this is for trying the operator in an
+      engine, not the way to measure it.
+    Raises TypeError and ValueError as contract.validate does, SamplerUnavailable without the
+    extension.
+    """
+    (batch_size, rows), vocab_size = candidates.shape, target_logits.shape[-1]
+    target_probs = _tempered(target_logits.view(batch_size, rows, -1), target_temperatures)
+    draft_probs = None
+    if draft_logits is not None:
+        draft_probs = _tempered(draft_logits[:batch_size, : rows - 1], draft_temperatures)
+        missing = vocab_size - draft_probs.shape[-1]  # below 0 cuts
+        draft_probs = torch.nn.functional.pad(draft_probs, (0, missing))
+    output = fused_sampler.rejection_sample(
+        candidates[:, 1:],
+        draft_probs,
+        target_probs,
+        seeds=(noise.counter + noise.key).expand(batch_size),
+        offsets=torch.arange(batch_size, device=candidates.device) * rows,
+    )
+    noise.counter.add_(1)
+    kept = output.num_accepted
+    if cutoff_verify_lens is not None:
+        kept = torch.minimum(kept, cutoff_verify_lens.to(kept) - 1)
+    last = output.token_ids.gather(1, kept.long()[:, None])[:, 0]
+    return kept, last.long(), output.num_accepted - kept
+
+
+def _tempered(logits, temperatures) -> torch.Tensor:
+    return logits.float().div(temperatures.reshape(-1, 1, 1)).softmax(-1)

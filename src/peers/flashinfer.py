@@ -6,8 +6,8 @@ import itertools
 
 import torch
 
-from src.contract import SamplerOutput, SamplerUnavailable
-from src.peers.adapter import Adapter, find, refuse_one_hot
+from src.contract import SamplerOutput
+from src.peers.adapter import Adapter, find, refuse_one_hot, want_cuda
 
 _BUFFERS = 512  # more than the calls whose results are looked at together
 _PARAMETERS = ("draft_probs", "draft_token_ids", "target_probs", "generator", "seed", "offset")
@@ -34,8 +34,7 @@ def _adapter(device: str, preallocated: bool) -> Adapter:
         "chain_speculative_sampling",
         _PARAMETERS,
     )
-    if device != "cuda":
-        raise SamplerUnavailable(f"flashinfer runs on cuda, not on {device}")
+    want_cuda("flashinfer", device)
 
     def prepare(draft_token_ids, draft_probs, target_probs):
         refuse_one_hot(draft_probs, "FlashInfer")

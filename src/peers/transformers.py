@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 
 from src.contract import PLACEHOLDER_TOKEN_ID, SamplerOutput
-from src.peers.adapter import Adapter, find, to_logits
+from src.peers.adapter import Adapter, LogitsAdapter, find
 
 _PARAMETERS = (
     "candidate_input_ids",
@@ -17,19 +17,21 @@ _PARAMETERS = (
 
 
 def load(device: str) -> Adapter:
-    """The adapter, for tensors on any device. Raises SamplerUnavailable."""
+    """The adapter, for tensors on any device. Its softmax works in the dtype it is given, and
+    generate gives it float32: so does this, made before its time counts. Raises
+    SamplerUnavailable."""
     module = "transformers.generation.utils"
     sample = find("transformers", "4.46", "5.17.0", module, "_speculative_sampling", _PARAMETERS)
 
-    def prepare(draft_token_ids, draft_probs, target_probs):
+    def prepare(draft_token_ids, draft_logits, target_logits):
         batch_size, spec_length = draft_token_ids.shape
         ids = draft_token_ids.long()
-        new_logits = to_logits(target_probs)
-        if draft_probs is None:
+        new_logits = target_logits.float()
+        if draft_logits is None:
             candidate_logits = torch.full_like(new_logits[:, :spec_length], float("-inf"))
             candidate_logits.scatter_(-1, ids[..., None], 0.0)
         else:
-            candidate_logits = to_logits(draft_probs)
+            candidate_logits = draft_logits.float()
 
         def call():
             rows, counts = [], []
@@ -51,4 +53,4 @@ def load(device: str) -> Adapter:
 
         return call
 
-    return Adapter(prepare)
+    return LogitsAdapter(prepare)

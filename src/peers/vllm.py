@@ -8,8 +8,8 @@ from types import SimpleNamespace
 
 import torch
 
-from src.contract import PLACEHOLDER_TOKEN_ID, SamplerOutput, SamplerUnavailable
-from src.peers.adapter import Adapter, find, refuse_one_hot, to_logits
+from src.contract import PLACEHOLDER_TOKEN_ID, SamplerOutput
+from src.peers.adapter import Adapter, LogitsAdapter, find, refuse_one_hot, want_cuda
 
 _PACKAGE = ("vllm", "0.11", "0.33.0")
 _V1_PARAMETERS = (
@@ -37,20 +37,21 @@ _V2_PARAMETERS = (
 
 
 def load_v1(device: str) -> Adapter:
-    """V1. Versions whose function takes target_logits do their softmax inside the call; earlier
-    ones take target_probs. The bonus token, which vLLM samples before the call, is drawn inside
-    it here, by the same exponential race: without it the call would not do the operator's work.
-    Raises SamplerUnavailable."""
+    """V1. Versions whose function takes target_logits do their softmax inside the call, from
+    logits of any dtype; earlier ones take target_probs. Its draft_probs, and the probabilities of
+    the bonus token, are float32 and made before its time counts. The bonus token, which vLLM
+    samples before the call, is drawn inside it here, by the same exponential race: without it the
+    call would not do the operator's work. Raises SamplerUnavailable."""
     sample = find(*_PACKAGE, "vllm.v1.sample.rejection_sampler", "rejection_sample", _V1_PARAMETERS)
-    _want_cuda(device)
+    want_cuda("vllm", device)
     reads_logits = "target_logits" in inspect.signature(sample).parameters
 
-    def prepare(draft_token_ids, draft_probs, target_probs):
+    def prepare(draft_token_ids, draft_logits, target_logits):
         batch_size, spec_length = draft_token_ids.shape
-        vocab_size = target_probs.shape[-1]
-        there = target_probs.device
-        target = target_probs[:, :spec_length].float().reshape(-1, vocab_size)
-        bonus_probs = target_probs[:, spec_length].float().contiguous()
+        vocab_size = target_logits.shape[-1]
+        there = target_logits.device
+        target = target_logits[:, :spec_length].reshape(-1, vocab_size)
+        bonus_probs = _softmax(target_logits[:, spec_length])
         arguments = {
             "draft_token_ids": draft_token_ids.reshape(-1).int(),
             "num_draft_tokens": [spec_length] * batch_size,
@@ -58,8 +59,8 @@ def load_v1(device: str) -> Adapter:
             "cu_num_draft_tokens": torch.arange(1, batch_size + 1, device=there).int()
             * spec_length,
             "draft_probs": None
-            if draft_probs is None
-            else draft_probs.float().reshape(-1, vocab_size),
+            if draft_logits is None
+            else _softmax(draft_logits.reshape(-1, vocab_size)),
             "sampling_metadata": SimpleNamespace(
                 all_greedy=False,
                 all_random=True,
@@ -70,7 +71,7 @@ def load_v1(device: str) -> Adapter:
             ),
         }
         arguments["target_logits" if reads_logits else "target_probs"] = (
-            to_logits(target) if reads_logits else target
+            target if reads_logits else _softmax(target)
         )
         dtype = draft_token_ids.dtype
 
@@ -83,27 +84,27 @@ def load_v1(device: str) -> Adapter:
 
         return call
 
-    return Adapter(prepare)
+    return LogitsAdapter(prepare)
 
 
 def load_v2(device: str) -> Adapter:
-    """V2, on float32 logits. Raises SamplerUnavailable."""
+    """V2, on logits of any dtype. Raises SamplerUnavailable."""
     module = "vllm.v1.worker.gpu.spec_decode.rejection_sampler_utils"
     sample = find(*_PACKAGE, module, "rejection_sample", _V2_PARAMETERS)
-    _want_cuda(device)
+    want_cuda("vllm", device)
 
-    def prepare(draft_token_ids, draft_probs, target_probs):
-        refuse_one_hot(draft_probs, "this adapter of vLLM V2")
+    def prepare(draft_token_ids, draft_logits, target_logits):
+        refuse_one_hot(draft_logits, "this adapter of vLLM V2")
         batch_size, spec_length = draft_token_ids.shape
-        rows, there = spec_length + 1, target_probs.device
+        rows, there = spec_length + 1, target_logits.device
         sampled = torch.zeros((batch_size, rows), dtype=torch.int64, device=there)
         sampled[:, 1:] = draft_token_ids
         requests = torch.arange(batch_size, device=there)
         steps = torch.arange(rows, device=there)
         pos = steps.repeat(batch_size)
         arguments = {
-            "target_logits": to_logits(target_probs).reshape(batch_size * rows, -1),
-            "draft_logits": to_logits(draft_probs).contiguous(),
+            "target_logits": target_logits.reshape(batch_size * rows, -1),
+            "draft_logits": draft_logits,
             "draft_sampled": sampled.reshape(-1),
             "cu_num_logits": (torch.arange(batch_size + 1, device=there) * rows).int(),
             "pos": pos,
@@ -125,9 +126,8 @@ def load_v2(device: str) -> Adapter:
 
         return call
 
-    return Adapter(prepare)
+    return LogitsAdapter(prepare)
 
 
-def _want_cuda(device: str) -> None:
-    if device != "cuda":
-        raise SamplerUnavailable(f"vllm runs on cuda, not on {device}")
+def _softmax(logits: torch.Tensor) -> torch.Tensor:
+    return logits.softmax(-1, dtype=torch.float32)
