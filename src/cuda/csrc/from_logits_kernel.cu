@@ -205,15 +205,20 @@ struct PositionShared {
   TileSums sums;
   TileStats* stats;  // [2][tiles]: the target's row, the draft's
   Search* search;    // where there are filters; a Memory behind it
-  float* kept;       // the weights of `slots` tiles
+  float* kept;       // the weights of `slots` tiles, where the Memory was
 
   static constexpr int kCounts = 6, kWords = kCounts + 3;
-  static constexpr int64_t kSearchBytes = sizeof(Search) + sizeof(Memory);
 
   FR_HOST_DEVICE static constexpr int64_t bytes(int64_t tiles, bool filtered, int slots) {
     const int64_t exchanged = 2 * tiles * static_cast<int64_t>(sizeof(float) + sizeof(TileStats));
     return kWords * static_cast<int64_t>(sizeof(uint64_t)) + exchanged +
-           (filtered ? kSearchBytes : 0) + kept_bytes(slots);
+           (filtered ? static_cast<int64_t>(sizeof(Search)) : 0) + last_bytes(filtered, slots);
+  }
+
+  // What the search remembers, and after it what is kept for the draw.
+  FR_HOST_DEVICE static constexpr int64_t last_bytes(bool filtered, int slots) {
+    const int64_t memory = filtered ? static_cast<int64_t>(sizeof(Memory)) : 0;
+    return kept_bytes(slots) > memory ? kept_bytes(slots) : memory;
   }
 
   __device__ PositionShared(uint64_t* shared, int tiles, bool filtered)
@@ -224,8 +229,7 @@ struct PositionShared {
         sums{reinterpret_cast<float*>(shared + kWords), shared + 2},
         stats(reinterpret_cast<TileStats*>(sums.sums + 2 * tiles)),
         search(reinterpret_cast<Search*>(stats + 2 * tiles)),
-        kept(reinterpret_cast<float*>(reinterpret_cast<char*>(search) +
-                                      (filtered ? kSearchBytes : 0))) {}
+        kept(reinterpret_cast<float*>(search + (filtered ? 1 : 0))) {}
 };
 
 // A position's token goes to the findings, or to the outputs of a request without drafts.
@@ -927,9 +931,10 @@ int plan_from_logits(const LogitsParams& a, Exchange exchange, int blocks, Logit
   plan->kept_tiles = plan->deciding_share = plan->drawing_share = 0;
   if (plan->fused.exchange == Exchange::kCluster && !a.base.block_verification) {
     plan->blocks_per_position = blocks > 0 ? blocks : blocks_per_position(a, *device);
+    const int64_t others = cluster_bytes(a) - PositionShared::last_bytes(a.filters(), 0);
     plan->kept_tiles =
         tiles_to_keep(a.base.vocab_size, plan->blocks_per_position,
-                      warps_per_block(a.base.vocab_size), device->shared_bytes - cluster_bytes(a));
+                      warps_per_block(a.base.vocab_size), device->shared_bytes - others);
     // With all of them running at once there is no end to be found, and time to draw for nothing.
     const int64_t all = num_target_rows(a.base) * plan->blocks_per_position;
     plan->early_exit = a.base.spec_length > 0 && all > blocks_at_once(a, *device);
