@@ -1,6 +1,6 @@
 # make demo: a virtual environment with the tested packages, the extension, then quick_demo.py.
 # make test: the same, then the tests on the CPU. make test-gpu: the tests of a CUDA card.
-# make record: every benchmark on this machine.
+# make record: every benchmark on this machine; make record-models: models end to end, on a card.
 # make mutants: plants faults in a copy of the tree and shows which test catches each.
 # PY=python3 (any interpreter) uses the environment you already have instead of making one.
 VENV ?= .venv
@@ -21,7 +21,11 @@ CXX_SOURCES := $(wildcard $(CSRC)/*.cpp $(CSRC)/*.h $(CSRC)/*.cu $(CSRC)/*.cuh)
 CXX_TESTS := $(wildcard tests/emulation/*.cpp tests/emulation/*.h examples/cpp/*.cu)
 BUILT := $(CSRC)/build/.built
 
-.PHONY: demo test test-gpu sanitize mutants record smoke model report readme cuda-check build lint clean
+# A target and its draft, as the demo's options have them, and the target with prompt lookup.
+QWEN ?= --pair qwen-coder
+QWEN_ALONE ?= --target Qwen/Qwen2.5-Coder-1.5B-Instruct --draft prompt-lookup
+
+.PHONY: demo test test-gpu sanitize mutants record record-models smoke model report readme cuda-check build lint clean
 demo: build
 	$(PY) quick_demo.py
 
@@ -45,17 +49,35 @@ sanitize: build
 	    $(PY) -m pytest -q -x -m gpu $(SANITIZED) -k "gpu and ($(CHECKED))" || exit 1; \
 	done
 
-# Everything that benchmark_results/ holds of a device, on this machine's.
+# Everything that benchmark_results/ holds of this machine's device: the samplers, and on a card the
+# models. PEERS=--peers: beside those of other packages. OVERWRITE=--overwrite: in place of another
+# commit's results.
 record: build
-	$(PY) quick_demo.py
-	$(PY) test_batch_sizes.py --large
-	$(PY) compare_vocab_sizes.py
-	$(PY) -m src.benchmarking.kernel --peers
-	$(PY) -m src.benchmarking.logits
-	$(PY) profile_rejection_sampling.py
-	$(PY) -m src.benchmarking.losslessness
-	$(PY) -m src.benchmarking.soak
-	$(PY) -m src.benchmarking.report benchmark_results
+	$(PY) quick_demo.py $(OVERWRITE)
+	$(PY) test_batch_sizes.py --large $(PEERS) $(OVERWRITE)
+	$(PY) compare_vocab_sizes.py $(PEERS) $(OVERWRITE)
+	$(PY) -m src.benchmarking.kernel $(PEERS) $(OVERWRITE)
+	$(PY) -m src.benchmarking.logits $(PEERS) $(OVERWRITE)
+	$(PY) profile_rejection_sampling.py $(OVERWRITE)
+	$(PY) -m src.benchmarking.losslessness --draws 10000000 --budget 120 $(OVERWRITE)
+	$(PY) -m src.benchmarking.soak --calls 10000000 --minutes 3 $(OVERWRITE)
+	$(MAKE) report
+
+GRAPHED := $(PY) demo_with_real_llm.py --modes graphed --max-new-tokens 128 --runs 2
+record-models: build
+	for acceptance in 0.8 0.9; do \
+	  $(GRAPHED) --pair synthetic:llama-3.2 --acceptance $$acceptance --spec-length 1-8,auto \
+	    --category code --per-category 5 $(OVERWRITE) || exit 1; \
+	done
+	$(PY) demo_with_real_llm.py --pair synthetic:llama-3.2 --spec-length 3 --category code \
+	  --per-category 2 $(OVERWRITE)
+	$(GRAPHED) $(QWEN) --spec-length 1-4,6,8,auto $(OVERWRITE)
+	$(GRAPHED) $(QWEN) --spec-length 1-4 --batch-size 8 --per-category 2 $(OVERWRITE)
+	$(PY) demo_with_real_llm.py $(QWEN) --spec-length 4 --per-category 1 --max-new-tokens 64 --runs 1 \
+	  --check-lossless $(OVERWRITE)
+	$(GRAPHED) $(QWEN_ALONE) --spec-length 2,4,8,auto --category edit --category summary \
+	  --category creative $(OVERWRITE)
+	$(MAKE) report
 
 # Every script with tiny sizes, their page, and the README's tables against the recorded results.
 # The folder goes first: no script replaces another commit's results.
