@@ -1,6 +1,8 @@
 """The scripts: their errors, their files, and what a pipe and Ctrl-C do to them."""
 
+import errno
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -136,6 +138,26 @@ def test_ctrl_c_is_status_130_and_keeps_earlier_results(capsys, tmp_path, monkey
         cli.run(lambda: quick_demo.main(argv))
     assert stop.value.code == 130 and path.read_bytes() == earlier
     assert "earlier results are as they were" in capsys.readouterr().err
+
+
+def test_a_disk_that_fills_up_is_one_line_after_the_table(tmp_path, monkeypatch, capsys):
+    argv = [*SMALL, "--output", str(tmp_path)]
+    assert quick_demo.main(argv) == 0
+    path = next(tmp_path.glob("*/quick_demo.json"))
+    earlier = path.read_bytes()
+    capsys.readouterr()
+
+    def full(*arguments):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(os, "replace", full)
+    with pytest.raises(SystemExit) as stop:
+        cli.run(lambda: quick_demo.main(argv))
+    out, err = capsys.readouterr()
+    assert stop.value.code == 1 and path.read_bytes() == earlier
+    assert "| Baseline (Python loop) |" in out and "Written" not in out
+    assert "quick_demo.json was not written (No space left on device); earlier results are" in err
+    assert len(err.strip().splitlines()) == 1
 
 
 def test_a_piped_run_shows_no_progress_bar(tmp_path):

@@ -1,5 +1,6 @@
 """The harness itself: it must catch what it is there to catch."""
 
+import errno
 import json
 import os
 import time
@@ -357,8 +358,15 @@ def test_rows_have_the_keys_of_the_schema():
     assert row["speedup"] is None  # no baseline ran
 
 
-@pytest.mark.parametrize("error", [KeyboardInterrupt, OSError])
-def test_an_interrupted_write_leaves_the_earlier_result(tmp_path, monkeypatch, error):
+@pytest.mark.parametrize(
+    "error, seen",
+    [
+        (KeyboardInterrupt(), KeyboardInterrupt),
+        (OSError(errno.ENOSPC, "No space left on device"), results.CannotSave),
+    ],
+    ids=["interrupted", "full disk"],
+)
+def test_a_write_that_fails_leaves_the_earlier_result(tmp_path, monkeypatch, error, seen):
     path = tmp_path / "result.json"
     results.write_atomically(path, "earlier")
 
@@ -366,7 +374,7 @@ def test_an_interrupted_write_leaves_the_earlier_result(tmp_path, monkeypatch, e
         raise error
 
     monkeypatch.setattr(os, "replace", interrupted)
-    with pytest.raises(error):
+    with pytest.raises(seen):
         results.write_atomically(path, "later")
     assert path.read_text() == "earlier" and list(tmp_path.iterdir()) == [path]
 

@@ -211,9 +211,9 @@ def measure(args, cells: Sequence[Workload], **options) -> dict:
 
 
 def finish(args, result: dict, plot: Callable[[dict, Path], None] | None = None) -> int:
-    """Writes .json, .md and, with `plot(result, path)`, .png; prints the table and what was
-    skipped or failed. Returns the exit status: 1 where a check failed."""
-    _save(args, result, plot)
+    """Prints the table, writes .json, .md and, with `plot(result, path)`, .png, and prints what was
+    skipped or failed. Returns the exit status: 1 where a check failed. Raises results.CannotSave;
+    the table has been printed then."""
     checked: dict[bool, dict] = {True: {}, False: {}}
     for row in result["rows"]:
         if row["status"] == "ok":
@@ -226,13 +226,14 @@ def finish(args, result: dict, plot: Callable[[dict, Path], None] | None = None)
     say(args, rendering.table(result))
     if args.old:
         say(args, "\n".join(["", f"Against {args.compare}:", *compare.lines(args.old, result)]))
+    _save(args, result, plot)
     return _end(args, result)
 
 
 def finish_untimed(args, result: dict, plot: Callable[[dict, Path], None]) -> int:
     """finish for a result without times."""
-    _save(args, result, plot)
     say(args, rendering.table(result))
+    _save(args, result, plot)
     return _end(args, result)
 
 
@@ -265,9 +266,13 @@ def say(args, text: str) -> None:
 
 
 def run(main: Callable[[], int]) -> None:
-    """Runs a script: Ctrl-C is one line and status 130, with earlier results as they were."""
+    """Runs a script: Ctrl-C is one line and status 130, a result that cannot be written one line
+    and status 1, with earlier results as they were."""
     try:
         sys.exit(main())
+    except results.CannotSave as error:
+        print(f"\n{error}", file=sys.stderr)
+        sys.exit(1)
     except KeyboardInterrupt:
         print("\ninterrupted: earlier results are as they were", file=sys.stderr)
         sys.exit(INTERRUPTED)

@@ -115,7 +115,10 @@ def main(argv: list[str] | None = None) -> int:
                 file=sys.stderr,
             )
         return int(before != after)
-    results.write_atomically(args.readme, after)
+    try:
+        results.write_atomically(args.readme, after)
+    except results.CannotSave as error:
+        parser.error(str(error))
     return 0
 
 
@@ -124,7 +127,7 @@ def _write_page(parser: argparse.ArgumentParser, folder: Path) -> int:
         results.write_atomically(folder / "index.html", page.page(folder))
     except OSError as error:
         parser.error(f"{folder}: {error.strerror}; wanted a folder of results")
-    except ValueError as error:
+    except (ValueError, results.CannotSave) as error:
         parser.error(str(error))
     print(f"Written: {folder / 'index.html'}")
     return 0

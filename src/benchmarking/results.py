@@ -62,18 +62,24 @@ def load(path: Path) -> dict:
 
 
 def write_atomically(path: Path, content: str | bytes) -> None:
-    """Either the whole of `content` or, whatever interrupts, what was there before."""
+    """Either the whole of `content` or, whatever interrupts, what was there before. Raises
+    CannotSave where the folder cannot be written or the disk is full."""
     data = content.encode("utf-8") if isinstance(content, str) else content
-    # The same folder: a rename across file systems would not be atomic.
-    handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
     try:
-        with os.fdopen(handle, "wb") as file:
-            file.write(data)
-        if os.name == "posix":
-            umask = os.umask(0)
-            os.umask(umask)
-            os.chmod(name, 0o666 & ~umask)  # mkstemp's 0600 would hide results from a group
-        os.replace(name, path)
-    except BaseException:
-        Path(name).unlink(missing_ok=True)
-        raise
+        # The same folder: a rename across file systems would not be atomic.
+        handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+        try:
+            with os.fdopen(handle, "wb") as file:
+                file.write(data)
+            if os.name == "posix":
+                umask = os.umask(0)
+                os.umask(umask)
+                os.chmod(name, 0o666 & ~umask)  # mkstemp's 0600 would hide results from a group
+            os.replace(name, path)
+        except BaseException:
+            Path(name).unlink(missing_ok=True)
+            raise
+    except OSError as error:
+        raise CannotSave(
+            f"{path} was not written ({error.strerror or error}); earlier results are as they were"
+        ) from error
