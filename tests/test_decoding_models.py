@@ -1,5 +1,6 @@
 """Pairs, and what is said where a model cannot be had. Nothing here needs a network."""
 
+import json
 import subprocess
 from pathlib import Path
 
@@ -8,6 +9,7 @@ import pytest
 import torch
 from transformers import PreTrainedTokenizerFast
 
+import demo_with_real_llm
 from src.decoding import models
 from tests.tiny import llama
 
@@ -111,6 +113,46 @@ def test_models_of_different_vocabularies_are_refused_with_both_sizes(tmp_path):
     pair = models.load_models(str(tmp_path / "target"), models.PROMPT_LOOKUP, **CPU)
     assert pair.label == "prompt lookup drafts for target"
     assert pair.encode("b a") == [1, 0] and pair.decode([0, 1]) == "a b"
+
+
+class TouchesAFile:
+    """Unpickling it makes the file."""
+
+    def __init__(self, path):
+        self.path = path
+
+    def __reduce__(self):
+        return Path.touch, (self.path,)
+
+
+def test_no_pickle_is_read_and_no_code_of_a_models_runs(tmp_path):
+    ran = tmp_path / "ran"
+    folder = tmp_path / "model"
+    llama(0, 3).save_pretrained(folder)
+    _tokenizer().save_pretrained(folder)
+    (folder / "model.safetensors").unlink()
+    torch.save({"weight": TouchesAFile(ran)}, folder / "pytorch_model.bin")
+    config = json.loads((folder / "config.json").read_text())
+    config["auto_map"] = {"AutoModelForCausalLM": "own.Own"}
+    (folder / "config.json").write_text(json.dumps(config))
+    (folder / "own.py").write_text(f"open({str(ran)!r}, 'w')\nclass Own: pass\n")
+    with pytest.raises(models.ModelUnavailable, match=r"model does not load: .*safetensors"):
+        models.load_models(str(folder), models.PROMPT_LOOKUP, **CPU)
+    assert not ran.exists()
+
+
+@pytest.mark.parametrize("name", ["model.safetensors", "config.json", "weights.gguf"])
+def test_a_file_that_is_cut_off_is_one_line(tmp_path, name, capsys):
+    llama(0, 3).save_pretrained(tmp_path)
+    _tokenizer().save_pretrained(tmp_path)
+    path = tmp_path / name
+    path.write_bytes(path.read_bytes()[:40] if path.exists() else b"GGUF, or not")
+    target = path if name.endswith("gguf") else tmp_path
+    argv = ["--target", str(target), "--device", "cpu", "--smoke", "--output", str(tmp_path)]
+    capsys.readouterr()  # the bars of saving
+    assert demo_with_real_llm.main(argv) == 2
+    said = capsys.readouterr().err.strip().splitlines()
+    assert len(said) == 1 and f"{target} does not load: " in said[0]
 
 
 def _tokenizer():

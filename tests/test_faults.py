@@ -105,6 +105,38 @@ sys.meta_path.insert(0, Break())
     assert "/somewhere" not in line
 
 
+@pytest.mark.parametrize(
+    "error, command",
+    [
+        (
+            RuntimeError(
+                "CUDA error: no kernel image is available for execution on the device\nTo"
+            ),
+            fused_sampler.BUILD_COMMAND,
+        ),
+        (torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 MiB.\nIf"), "nvidia-smi"),
+    ],
+    ids=["another architecture", "no memory"],
+)
+def test_a_card_that_cannot_run_the_kernels_says_why_in_one_line(error, command, monkeypatch):
+    """On the CPU: what the card would raise is raised in its place."""
+
+    def refused(*arguments, **options):
+        raise error
+
+    ones = torch.ones
+    monkeypatch.setattr(torch.version, "cuda", "13.0")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch, "ones", lambda shape, device: ones(shape))
+    monkeypatch.setattr(torch, "empty", lambda shape, dtype, device: ones(shape, dtype=dtype))
+    monkeypatch.setattr(fused_sampler, "_MODULE", types.SimpleNamespace(with_cuda=True))
+    monkeypatch.setattr(fused_sampler, "rejection_sample", refused)
+    with pytest.raises(samplers.SamplerUnavailable) as raised:
+        samplers.get("cuda").load("cuda")
+    assert raised.value.reason == str(error).splitlines()[0]
+    assert raised.value.command == command
+
+
 def test_the_other_samplers_and_calls_without_an_extension():
     code = f"""
 import sys, types, torch

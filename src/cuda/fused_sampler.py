@@ -73,7 +73,9 @@ def require(device: str) -> None:
             torch.empty((1, 0), dtype=torch.int32, device="cuda"), None, probs, uniforms=probs[0]
         )
         torch.cuda.synchronize()
-    except RuntimeError as error:  # the card's architecture was not compiled for, out of memory …
+    except torch.OutOfMemoryError as error:
+        raise SamplerUnavailable(str(error).splitlines()[0], "nvidia-smi") from error
+    except RuntimeError as error:  # the card's architecture was not compiled for …
         raise SamplerUnavailable(str(error).splitlines()[0], BUILD_COMMAND) from error
 
 

@@ -5,6 +5,7 @@ Only safetensors and GGUF files are read, and no code that comes with a model is
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import importlib.util
 import os
@@ -281,13 +282,34 @@ def _model(source: str, device: str, dtype: torch.dtype):
             options["quantization_config"] = transformers.GgufConfig(dequantize=True)
     else:
         options["use_safetensors"] = True
-    model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, **options)
-    return model.to(device).eval().requires_grad_(False)
+    with _one_line(source):
+        model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, **options)
+        return model.to(device).eval().requires_grad_(False)
 
 
 def _tokenizer(source: str):
     folder, options = _source(source)
-    return AutoTokenizer.from_pretrained(folder, **options)
+    with _one_line(source):
+        return AutoTokenizer.from_pretrained(folder, **options)
+
+
+@contextlib.contextmanager
+def _one_line(source: str):
+    """What a file that is not what it should be makes the libraries raise, which may be anything,
+    as one line. Raises ModelUnavailable."""
+    try:
+        yield
+    except torch.OutOfMemoryError as error:
+        raise ModelUnavailable(f"{source} does not fit: {_first_line(error)}") from error
+    except Exception as error:
+        raise ModelUnavailable(
+            f"{source} does not load: {_first_line(error)}; wanted a causal language model with "
+            "its tokenizer, in safetensors or GGUF (nothing else is read, and no code of a model's)"
+        ) from error
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).strip().splitlines() or [type(error).__name__])[0].rstrip(".")
 
 
 def _require(source: str) -> None:
