@@ -109,6 +109,24 @@ def test_an_explicit_stopping_length_is_met_exactly():
         assert result.token_ids == [by_generate(p, new) for p in PROMPTS]
 
 
+@pytest.mark.parametrize("greedy, proposed", [(True, [4, 4, 1]), (False, [4, 4, 4])])
+def test_greedy_rounds_draft_nothing_beyond_the_last_token(greedy, proposed):
+    """The target is its own draft: a round emits 5 of 12 tokens. A sampled one drafts on, so that
+    its tokens do not depend on where it ends."""
+    speculative = decoder(DRAFTS["the target itself"], 4, distribution=Distribution(greedy=greedy))
+    lengths, propose = [], speculative.draft.propose
+
+    def counted(state, spec_length, distribution):
+        lengths.append(spec_length)
+        return propose(state, spec_length, distribution)
+
+    speculative.draft.propose = counted
+    result = speculative.generate([PROMPTS[0]], 12, seeds=[3])
+    assert len(result.token_ids[0]) == 12 and lengths == proposed
+    assert sum(result.stats.drafted) == sum(proposed)
+    assert result.stats.accepted == [proposed.count(4) + (k < proposed[-1] < 4) for k in range(4)]
+
+
 @pytest.mark.parametrize("draft", DRAFTS)
 def test_a_request_with_a_seed_does_not_depend_on_its_batch(draft):
     def run(prompts, seeds):
@@ -136,8 +154,9 @@ def test_a_round_never_reads_the_device(draft, greedy):
     speculative = decoder(DRAFTS[draft], 3, distribution=Distribution(greedy=greedy))
     speculative.generate(PROMPTS, 4)
     with torch.no_grad(), _NoHost():
-        for phase in speculative._functions(profile=True):
-            phase()
+        for one_round in speculative._rounds.values():
+            for phase in one_round.functions(profile=True):
+                phase()
 
 
 def test_a_sampler_that_emits_nothing_is_an_error_and_no_endless_loop():

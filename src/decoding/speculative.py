@@ -16,7 +16,7 @@ from dataclasses import dataclass, field
 
 import torch
 
-from src.contract import SamplerOutput
+from src.contract import PLACEHOLDER_TOKEN_ID, SamplerOutput
 from src.decoding import graphs
 from src.decoding.cache import CachedModel
 from src.decoding.state import State
@@ -178,60 +178,17 @@ class Decoder:
             )
         self._state = State(batch_size, capacity, spec_length, eos_token_ids, self.device)
         self._not_argmax = torch.zeros((), dtype=torch.int64, device=self.device)
-        self._none = torch.empty((batch_size, 0), dtype=torch.int64, device=self.device)
         self._capturable = capturable
         self._check_argmax = check
-        self._graphed_phases = self._graphed_round = None
-
-    def _draft(self) -> None:
-        self._draft_ids, self._draft_probs = self._none, None
-        if self.draft is not None:
-            self._draft_ids, self._draft_probs = self.draft.propose(
-                self._state, self.spec_length, self.distribution
-            )
-
-    def _verify(self) -> None:
-        # A missing draft token (-1) is verified as token 0: the sampler never looks at it.
-        query = torch.cat([self._state.newest[:, 1:], self._draft_ids.clamp(min=0)], 1)
-        self._logits = self.target.forward(query, self._state.start)
-
-    def _sample(self) -> None:
-        state = self._state
-        output = self.sample(
-            self._draft_ids,
-            self._draft_probs,
-            self.distribution(self._logits),
-            seeds=state.seeds,
-            offsets=state.offsets[-1],
-        )
-        before = state.start.clone() if self._check_argmax else None
-        state.advance(output, self._draft_ids)
-        if self._check_argmax:
-            kept = state.columns < (state.start - before)[:, None]
-            best = Distribution.best(self.distribution, self._logits)  # not by a sampler's kernel
-            self._not_argmax += (kept & (output.token_ids != best)).sum()
+        # What is emitted in greedy decoding does not depend on the drafts, so that no round has to
+        # draft beyond the last token. A sampled row is the same whatever its batch and its limit:
+        # there every round draws the same numbers.
+        lengths = range(spec_length + 1) if self.distribution.greedy else (spec_length,)
+        self._rounds = {length: _Round(self, length) for length in lengths}
 
     def _clear(self) -> None:
         self._state.clear()
         self._not_argmax.zero_()
-
-    def _functions(self, profile: bool) -> list[Callable[[], object]]:
-        """What to call for a round: the phases where they are timed, else as few as possible."""
-        phases = [self._draft, self._verify, self._sample]
-        if self.mode == "eager":
-            return phases
-        clear = self._clear
-        if not self._capturable:
-            if self._graphed_phases is None:
-                self._graphed_phases = [*graphs.capture(phases[:2], clear), self._sample]
-            return self._graphed_phases
-        if profile:
-            if self._graphed_phases is None:
-                self._graphed_phases = graphs.capture(phases, clear)
-            return self._graphed_phases
-        if self._graphed_round is None:
-            self._graphed_round = graphs.capture([lambda: [phase() for phase in phases]], clear)
-        return self._graphed_round
 
     @torch.no_grad()
     def generate(
@@ -255,7 +212,7 @@ class Decoder:
         sampler emits nothing.
         """
         self._check(prompts, max_new_tokens, seeds)
-        functions = self._functions(profile)
+        functions = {k: one.functions(profile) for k, one in self._rounds.items()}
         if seeds is None:
             seeds = torch.randint(2**62, (len(prompts),)).tolist()
         self._not_argmax.zero_()
@@ -273,12 +230,16 @@ class Decoder:
         sent = [len(prompt) for prompt in prompts]
         # A second round may be in flight unread where the first cannot be the last but by EOS.
         depth = 2 if self.mode == "graphed" and on_tokens is None else 1
+        longest_round = functions[self.spec_length]
         left, unread, steps = max_new_tokens, deque(), 0
         while left:
             if steps > max_new_tokens + depth:  # a round emits a token at least
                 raise RuntimeError(f"{steps} rounds came to no end: the sampler emits no tokens")
             if len(unread) < depth and (not unread or left > self.spec_length + 1):
-                for name, function in zip(PHASES, functions, strict=False):
+                # With a round unread the rest is not known, but is more than the one that is.
+                length = self.spec_length if unread else min(self.spec_length, left - 1)
+                chosen = functions.get(length, longest_round)
+                for name, function in zip(PHASES, chosen, strict=False):
                     if profile:
                         clock.mark(name)
                     function()
@@ -327,6 +288,78 @@ class Decoder:
             seconds={name: marked.get(name, 0.0) for name in PHASES} if profile else {},
         )
         return Generation(new, seconds, marked["prefill"], stats)
+
+
+class _Round:
+    """A round of a decoder with `length` draft tokens, at most its spec_length."""
+
+    def __init__(self, decoder: Decoder, length: int):
+        self._decoder = decoder
+        self._length = length
+        self._phases = self._whole = None  # captured
+
+    def functions(self, profile: bool) -> list[Callable[[], object]]:
+        """What to call: the phases where they are timed, else as few as possible."""
+        decoder = self._decoder
+        phases = [self._draft, self._verify, self._sample]
+        if decoder.mode == "eager":
+            return phases
+        clear = decoder._clear
+        if not decoder._capturable:
+            if self._phases is None:
+                self._phases = [*graphs.capture(phases[:2], clear), self._sample]
+            return self._phases
+        if profile:
+            if self._phases is None:
+                self._phases = graphs.capture(phases, clear)
+            return self._phases
+        if self._whole is None:
+            self._whole = graphs.capture([lambda: [phase() for phase in phases]], clear)
+        return self._whole
+
+    def _draft(self) -> None:
+        state, decoder = self._decoder._state, self._decoder
+        self._draft_ids, self._draft_probs = state.newest[:, :0], None
+        if self._length:
+            self._draft_ids, self._draft_probs = decoder.draft.propose(
+                state, self._length, decoder.distribution
+            )
+
+    def _verify(self) -> None:
+        # A missing draft token (-1) is verified as token 0: the sampler never looks at it.
+        state = self._decoder._state
+        query = torch.cat([state.newest[:, 1:], self._draft_ids.clamp(min=0)], 1)
+        self._logits = self._decoder.target.forward(query, state.start)
+
+    def _sample(self) -> None:
+        decoder, state = self._decoder, self._decoder._state
+        output = decoder.sample(
+            self._draft_ids,
+            self._draft_probs,
+            decoder.distribution(self._logits),
+            seeds=state.seeds,
+            offsets=state.offsets[-1],
+        )
+        start = state.start.clone() if decoder._check_argmax else None
+        state.advance(*self._as_of_the_longest(output))
+        if decoder._check_argmax:
+            columns = state.columns[: self._length + 1]
+            kept = columns < (state.start - start)[:, None]
+            best = Distribution.best(
+                decoder.distribution, self._logits
+            )  # not by a sampler's kernel
+            decoder._not_argmax += (kept & (output.token_ids != best)).sum()
+
+    def _as_of_the_longest(self, output: SamplerOutput):
+        """(output, draft_token_ids) with as many columns as the longest round's."""
+        missing = self._decoder.spec_length - self._length
+        if not missing:
+            return output, self._draft_ids
+        token_ids, draft_ids = (
+            torch.nn.functional.pad(ids, (0, missing), value=PLACEHOLDER_TOKEN_ID)
+            for ids in (output.token_ids, self._draft_ids)
+        )
+        return output._replace(token_ids=token_ids), draft_ids
 
 
 class _HostCopy:
