@@ -74,7 +74,7 @@ class CachedModel:
         padded = min(-(-length // _PREFILL_MULTIPLE) * _PREFILL_MULTIPLE, self.capacity)
         if padded not in self._prefills:
             ids = input_ids.new_zeros(len(input_ids), padded)
-            [replay] = graphs.capture([lambda: self._prefill(ids)], lambda: None)
+            [replay] = graphs.Capture()([lambda: self._prefill(ids)], lambda: None)
             self._prefills[padded] = ids, replay
         ids, replay = self._prefills[padded]
         ids[:, :length] = input_ids

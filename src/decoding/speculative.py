@@ -154,6 +154,7 @@ class Decoder:
         self.device = target.device
         if mode == "graphed":
             graphs.require(self.device)
+        self._capture = graphs.Capture() if mode == "graphed" else None
         self.mode = mode
         self.sample = sample
         self.spec_length = spec_length
@@ -307,14 +308,14 @@ class _Round:
         clear = decoder._clear
         if not decoder._capturable:
             if self._phases is None:
-                self._phases = [*graphs.capture(phases[:2], clear), self._sample]
+                self._phases = [*decoder._capture(phases[:2], clear), self._sample]
             return self._phases
         if profile:
             if self._phases is None:
-                self._phases = graphs.capture(phases, clear)
+                self._phases = decoder._capture(phases, clear)
             return self._phases
         if self._whole is None:
-            self._whole = graphs.capture([lambda: [phase() for phase in phases]], clear)
+            self._whole = decoder._capture([lambda: [phase() for phase in phases]], clear)
         return self._whole
 
     def _draft(self) -> None:
