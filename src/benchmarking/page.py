@@ -53,12 +53,15 @@ def page(folder: Path) -> str:
     """HTML of every result file <device>/<script>[-kind].json in `folder`, plots embedded. A smoke
     run is shown only where its script has no other result. Raises ValueError where there is none.
     """
-    sections, entries = [], []
+    sections, contents = [], []
     for device in sorted(path for path in folder.iterdir() if path.is_dir()):
+        entries = []
         for path in _result_files(device):
             section, entry = _section(path)
             sections.append(section)
             entries.append(entry)
+        if entries:
+            contents.append(f"<h3>{escape(_device_name(device))}</h3><ul>{''.join(entries)}</ul>")
     if not sections:
         raise ValueError(f"no result files <device>/<script>.json under {folder}")
     style, script = ((_HERE / name).read_text(encoding="utf-8") for name in ("page.css", "page.js"))
@@ -69,7 +72,7 @@ def page(folder: Path) -> str:
             f"<title>Rejection sampling: benchmark results</title>\n<style>\n{style}</style>",
             "</head>\n<body>\n<h1>Rejection sampling: benchmark results</h1>",
             f"<p>{_INTRODUCTION}</p>",
-            f"<nav><ul>{''.join(entries)}</ul></nav>",
+            f"<nav>{''.join(contents)}</nav>",
             *sections,
             f"<script>\n{script}</script>\n</body>\n</html>\n",
         ]
@@ -89,6 +92,15 @@ def _result_files(device: Path) -> list[Path]:
     return [path for path in paths if not path.stem.endswith("-smoke") or script(path) not in real]
 
 
+def _device_name(device: Path) -> str:
+    for path in _result_files(device):
+        try:
+            return results.load(path)["environment"]["device"]
+        except (ValueError, KeyError, TypeError):  # its section says so
+            continue
+    return device.name
+
+
 def _section(path: Path) -> tuple[str, str]:
     """A result's HTML and its line in the page's contents."""
     name = f"{path.parent.name}-{path.stem}"
@@ -104,7 +116,8 @@ def _section(path: Path) -> tuple[str, str]:
     if path.stem.endswith("-smoke"):
         title += " (smoke run: tiny sizes)"
     parts = [f'<section id="{escape(name)}">', f"<h2>{escape(title)}</h2>", *body]
-    entry = f'<li><a href="#{escape(quote(name))}">{escape(title)}</a></li>'
+    text = path.stem.replace("demo_with_real_llm-", "demo_with_real_llm: ")
+    entry = f'<li><a href="#{escape(quote(name))}">{escape(text)}</a></li>'
     return "\n".join([*parts, f"<p>{link}</p>", "</section>"]), entry
 
 
