@@ -178,14 +178,16 @@ def check_thresholds(logits, launch=("workspace", 1), temperature=1.0):
     tokens, logsumexp = (
         from_logits.get("cpp").load().sample_from_logits(rows, uniforms=uniforms, **options)
     )
-    output, ours = emulation.from_logits(*launch, schedule=vocab_size, sampling=True)(
-        torch.empty((count, 0), dtype=torch.int64),
-        rows[:, None],
-        uniforms=uniforms[:, None],
-        **options,
-    )
-    assert ours.tolist() == logsumexp.tolist()
-    assert torch.equal(output.token_ids[:, 0], tokens)
+    # In clusters the search remembers what it saw by some schedules only.
+    for schedule in (0, 2) if launch[0] == "cluster" else (vocab_size,):
+        output, ours = emulation.from_logits(*launch, schedule=schedule, sampling=True)(
+            torch.empty((count, 0), dtype=torch.int64),
+            rows[:, None],
+            uniforms=uniforms[:, None],
+            **options,
+        )
+        assert ours.tolist() == logsumexp.tolist()
+        assert torch.equal(output.token_ids[:, 0], tokens)
 
 
 def filtered_row(kind, vocab_size):

@@ -76,9 +76,9 @@ __global__ void __launch_bounds__(kMaxWarps* kWarp)
   if (!at.x) return;
   const int vocab_size = static_cast<int>(a.base.vocab_size);
   int exchange = 0;
-  const float threshold = find_threshold<T, false>(
-      *reinterpret_cast<Search*>(shared), Team{0, 1, 0, nullptr}, Filters(a, at.b), at.x,
-      stats + row * num_tiles(vocab_size), vocab_size, &exchange);
+  const float threshold =
+      find_threshold(*reinterpret_cast<Search*>(shared), Team{0, 1, 0, nullptr}, Filters(a, at.b),
+                     at.x, stats + row * num_tiles(vocab_size), vocab_size, &exchange, false);
   if (threadIdx.x == 0) thresholds[row] = threshold;
 }
 
@@ -204,21 +204,18 @@ struct PositionShared {
   float* thresholds;  // of the target's row, the draft's
   TileSums sums;
   TileStats* stats;  // [2][tiles]: the target's row, the draft's
-  Search* search;    // where there are filters; a Memory behind it
-  float* kept;       // the weights of `slots` tiles, where the Memory was
+  Search* search;    // where there are filters, and behind it what it remembers
+  float* kept;       // the weights of `slots` tiles, where that was
 
   static constexpr int kCounts = 6, kWords = kCounts + 3;
 
-  FR_HOST_DEVICE static constexpr int64_t bytes(int64_t tiles, bool filtered, int slots) {
+  FR_HOST_DEVICE static constexpr int64_t bytes(int64_t tiles, bool filtered, bool remembers,
+                                                int slots) {
     const int64_t exchanged = 2 * tiles * static_cast<int64_t>(sizeof(float) + sizeof(TileStats));
+    const int64_t memory = remembers ? kMemoryBytes : 0;
     return kWords * static_cast<int64_t>(sizeof(uint64_t)) + exchanged +
-           (filtered ? static_cast<int64_t>(sizeof(Search)) : 0) + last_bytes(filtered, slots);
-  }
-
-  // What the search remembers, and after it what is kept for the draw.
-  FR_HOST_DEVICE static constexpr int64_t last_bytes(bool filtered, int slots) {
-    const int64_t memory = filtered ? static_cast<int64_t>(sizeof(Memory)) : 0;
-    return kept_bytes(slots) > memory ? kept_bytes(slots) : memory;
+           (filtered ? static_cast<int64_t>(sizeof(Search)) : 0) +
+           (kept_bytes(slots) > memory ? kept_bytes(slots) : memory);
   }
 
   __device__ PositionShared(uint64_t* shared, int tiles, bool filtered)
@@ -269,7 +266,7 @@ constexpr int kResidentPositions = filtered || sizeof(T) == 4 ? 1 : kResidentBlo
 
 template <typename T, bool filtered>
 __global__ void __launch_bounds__(kMaxWarps* kWarp, kResidentPositions<T, filtered>)
-    positions_kernel(const LogitsParams a, int blocks, bool early_exit, bool keeps,
+    positions_kernel(const LogitsParams a, int blocks, bool early_exit, bool keeps, bool remembers,
                      Findings<T> findings) {
   using Request = LogitsRequest<T, PositionSummaries>;
   __shared__ RowSummary summaries[2], given;
@@ -382,8 +379,8 @@ __global__ void __launch_bounds__(kMaxWarps* kWarp, kResidentPositions<T, filter
     const Team team{rank % team_size, team_size, rank - rank % team_size, at.barrier};
     int exchange = 0;
     for (int row = halved ? rank / team_size : 0; row < rows; row += halved ? rows : 1) {
-      const float found = find_threshold<T, true>(*at.search, team, filters, row == 0 ? x_p : x_q,
-                                                  at.stats + row * tiles, vocab_size, &exchange);
+      const float found = find_threshold(*at.search, team, filters, row == 0 ? x_p : x_q,
+                                         at.stats + row * tiles, vocab_size, &exchange, remembers);
       if (halved) {
         if (team.rank == 0 && warp == 0 && lane < blocks) {
           send_to_block(at.thresholds + row, at.pending + 5, lane, found);
@@ -789,7 +786,7 @@ int64_t table_bytes(const LogitsParams& a) {
 int64_t cluster_bytes(const LogitsParams& a) {
   return a.base.block_verification
              ? exchange_bytes(a.base.vocab_size) + table_bytes(a)
-             : PositionShared::bytes(num_tiles(a.base.vocab_size), a.filters(), 0);
+             : PositionShared::bytes(num_tiles(a.base.vocab_size), a.filters(), false, 0);
 }
 
 template <typename T>
@@ -848,9 +845,9 @@ struct LaunchLogits {
     config.gridDim.y = static_cast<unsigned>(a.base.spec_length + 1);
     const auto kernel = a.filters() ? positions_kernel<T, true> : positions_kernel<T, false>;
     const int64_t shared_bytes =
-        PositionShared::bytes(num_tiles(a.base.vocab_size), a.filters(), kept);
+        PositionShared::bytes(num_tiles(a.base.vocab_size), a.filters(), plan.remembers, kept);
     return launch_in_clusters(kernel, config, blocks, shared_bytes, a, blocks, plan.early_exit,
-                              kept > 0, findings);
+                              kept > 0, plan.remembers, findings);
   }
 
   static cudaError_t decide(const LogitsParams& a, const LogitsPlan& plan,
@@ -927,14 +924,14 @@ int plan_from_logits(const LogitsParams& a, Exchange exchange, int blocks, Logit
   }
   if (error != cudaSuccess) return error;
   plan->blocks_per_position = 0;
-  plan->early_exit = false;
+  plan->early_exit = plan->remembers = false;
   plan->kept_tiles = plan->deciding_share = plan->drawing_share = 0;
   if (plan->fused.exchange == Exchange::kCluster && !a.base.block_verification) {
     plan->blocks_per_position = blocks > 0 ? blocks : blocks_per_position(a, *device);
-    const int64_t others = cluster_bytes(a) - PositionShared::last_bytes(a.filters(), 0);
-    plan->kept_tiles =
-        tiles_to_keep(a.base.vocab_size, plan->blocks_per_position,
-                      warps_per_block(a.base.vocab_size), device->shared_bytes - others);
+    const int64_t room = device->shared_bytes - cluster_bytes(a);
+    plan->kept_tiles = tiles_to_keep(a.base.vocab_size, plan->blocks_per_position,
+                                     warps_per_block(a.base.vocab_size), room);
+    plan->remembers = a.filters() && kMemoryBytes <= room;
     // With all of them running at once there is no end to be found, and time to draw for nothing.
     const int64_t all = num_target_rows(a.base) * plan->blocks_per_position;
     plan->early_exit = a.base.spec_length > 0 && all > blocks_at_once(a, *device);

@@ -14,9 +14,12 @@ namespace {
 
 constexpr int kLargestTeam = 8;
 constexpr int kBins = 256;
-constexpr int kListed = 256;                 // logits that are ranked by comparing each with each
-constexpr int kPending = 2 * kTile + kWarp;  // logits that a warp has found and not yet looked at
-constexpr int kRemembered = 1024;            // logits that a warp need not look for again
+constexpr int kListed = 256;  // logits that are ranked by comparing each with each
+// A warp's memory: the logits that it has found and not yet looked at. Where the search remembers,
+// there is room for two tiles of them, and behind it for the logits that it need not look for
+// again.
+constexpr int kPending = kTile + kWarp;
+constexpr int kTwoPending = 2 * kTile + kWarp, kRemembered = 1024;
 constexpr float kLeastFloat = -kLargestFloat;
 
 __device__ __forceinline__ int block_warp() { return static_cast<int>(threadIdx.x) / kWarp; }
@@ -68,18 +71,17 @@ struct Search {
   uint64_t merged[kBins];
   uint64_t weights[kListed];
   float ranked[kListed];
-  float pending[kMaxWarps][kPending];
   uint64_t above, wanted;
   double sum;
   int bin;
   float largest, answer;
   bool is_found;
+  float pending[kMaxWarps][kPending];  // the last, see kMemoryBytes
 };
 
-// The logits that find_bin has seen, which need not be looked for again.
-struct Memory {
-  float logits[kMaxWarps][kRemembered];
-};
+// Shared memory behind a Search that remembers, which goes on where its `pending` ends.
+constexpr int64_t kMemoryBytes =
+    kMaxWarps * (kTwoPending + kRemembered - kPending) * static_cast<int64_t>(sizeof(float));
 
 // The sum over `together` adjacent lanes, in each of them.
 template <int together, typename V>
@@ -139,8 +141,7 @@ __device__ __noinline__ int warp_collect(const T* x, int tile, int second, int v
   return held;
 }
 
-// remembers: behind the Search there is a Memory.
-template <typename T, bool remembers>
+template <typename T>
 struct ThresholdSearch {
   // The bins of a range of logits, bin 0 holding the largest: of equal width, or of equally many
   // floats.
@@ -179,11 +180,13 @@ struct ThresholdSearch {
   int exchange;  // how often the team has told
   float largest, scale, unit;
   float threshold = kNegativeInfinity;
+  bool remembers;           // there is the memory for it
   int num_remembered = -1;  // of this warp, by the last find_bin; -1: not all of them
 
-  __device__ __forceinline__ float* remembered() const {
-    return reinterpret_cast<Memory*>(&s + 1)->logits[block_warp()];
+  __device__ __forceinline__ float* pending() const {
+    return &s.pending[0][0] + block_warp() * (remembers ? kTwoPending + kRemembered : kPending);
   }
+  __device__ __forceinline__ float* remembered() const { return pending() + kTwoPending; }
 
   // All warps: f(is_one, x) by whole warps for the finite_logit x of this block's tiles that are in
   // [lo, hi], lo above -inf: 32 at a time, as they are sparse. `again`: from what find_bin
@@ -193,8 +196,8 @@ struct ThresholdSearch {
     const int lane = block_lane(), tiles = num_tiles(vocab_size);
     const OwnTiles own(team.rank, team.blocks);
     const float top = hi == kLargestFloat ? INFINITY : hi;
-    const bool is_known = remembers && again && num_remembered >= 0;
-    float* pending = is_known ? remembered() : s.pending[block_warp()];
+    const bool is_known = again && num_remembered >= 0;
+    float* found = is_known ? remembered() : pending();
     int held = is_known ? num_remembered : 0;
     const auto next_of = [&](int tile) {  // the first from there on that may hold some
       while (tile < tiles && !(stats[tile].largest >= lo)) tile += own.step;
@@ -204,13 +207,13 @@ struct ThresholdSearch {
     for (;;) {
       const bool is_done = tile >= tiles;
       if (!is_done) {
-        const int second = kTwoTiles<T> ? next_of(tile + own.step) : tiles;
-        held = warp_collect(x, tile, second, vocab_size, lo, top, pending, held);
+        const int second = kTwoTiles<T> && remembers ? next_of(tile + own.step) : tiles;
+        held = warp_collect(x, tile, second, vocab_size, lo, top, found, held);
         tile = next_of((second < tiles ? second : tile) + own.step);
       }
       while (held >= kWarp || (is_done && held > 0)) {
         const int first = held > kWarp ? held - kWarp : 0;
-        const float logit = first + lane < held ? finite_logit(pending[first + lane]) : 0.0f;
+        const float logit = first + lane < held ? finite_logit(found[first + lane]) : 0.0f;
         f(first + lane < held && logit >= lo && logit <= hi, logit);
         held = first;
       }
@@ -552,16 +555,18 @@ struct Filters {
 };
 
 // All threads of the team's blocks: the least logit that a row's filters keep, -inf where they keep
-// all. exchange: how often the team has told, 0 before its first search.
-template <typename T, bool remembers>
+// all. exchange: how often the team has told, 0 before its first search. remembers: kMemoryBytes
+// are behind the Search.
+template <typename T>
 __device__ __noinline__ float find_threshold(Search& s, Team team, Filters filters, const T* x,
-                                             const TileStats* stats, int vocab_size,
-                                             int* exchange) {
+                                             const TileStats* stats, int vocab_size, int* exchange,
+                                             bool remembers) {
   if (!filters.any()) return kNegativeInfinity;
   const float largest = warp_largest(stats, num_tiles(vocab_size), block_lane());
   if (!(largest > kNegativeInfinity)) return kNegativeInfinity;
-  ThresholdSearch<T, remembers> search{
+  ThresholdSearch<T> search{
       s, team, x, stats, vocab_size, *exchange, largest, filters.scale, mass_unit(vocab_size)};
+  search.remembers = remembers;
   if (filters.top_k > 0) search.keep_top(filters.top_k);
   if (filters.top_p < 1.0f) search.keep_share(filters.top_p, filters.top_k > 0);
   if (filters.min_p > 0.0f) search.keep_near(filters.min_p);
