@@ -26,8 +26,9 @@ QWEN ?= --pair qwen-coder
 QWEN_ALONE ?= --target Qwen/Qwen2.5-Coder-1.5B-Instruct --draft prompt-lookup
 
 .PHONY: demo test test-gpu sanitize mutants record record-models smoke model report readme cuda-check build lint clean
+# Not where results are recorded: those of another commit are not replaced.
 demo: build
-	$(PY) quick_demo.py
+	$(PY) quick_demo.py --output build/demo --overwrite
 
 # A process a core, each with one thread.
 test: build
