@@ -54,7 +54,8 @@ def page(folder: Path) -> str:
     run is shown only where its script has no other result. Raises ValueError where there is none.
     """
     sections, contents = [], []
-    for device in sorted(path for path in folder.iterdir() if path.is_dir()):
+    devices = [path for path in folder.iterdir() if path.is_dir()]
+    for device in sorted(devices, key=lambda path: (path.name.startswith("cpu-"), path.name)):
         entries = []
         for path in _result_files(device):
             section, entry = _section(path)
