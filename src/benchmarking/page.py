@@ -55,7 +55,7 @@ def page(folder: Path) -> str:
     """
     sections, contents = [], []
     devices = [path for path in folder.iterdir() if path.is_dir()]
-    for device in sorted(devices, key=lambda path: (path.name.startswith("cpu-"), path.name)):
+    for device in sorted(devices, key=results.cards_first):
         entries = []
         for path in _result_files(device):
             section, entry = _section(path)

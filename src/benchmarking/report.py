@@ -13,14 +13,12 @@ import sys
 from pathlib import Path
 
 from src.benchmarking import environment, page, results
-from src.benchmarking.glance import glance
+from src.benchmarking.glance import INPUTS, glance
 from src.benchmarking.rendering import SUMMARIES, brief
 from src.benchmarking.tables import conditions, notes
 
 MARKERS = re.compile(r"(<!-- table:([a-z0-9_]+) -->\n).*?(<!-- /table -->)", re.DOTALL)
 
-# The results that the table at the top of the README is made of.
-GLANCE = ("test_batch_sizes", "from_logits")
 # What runs a script that is not <script>.py at the top level.
 _PROGRAMS = {"kernel": "-m src.benchmarking.kernel", "from_logits": "-m src.benchmarking.logits"}
 
@@ -34,8 +32,9 @@ def readme_text(readme: str, recorded: Path) -> str:
 
 def _recorded_tables(script: str, recorded: Path) -> str:
     if script == "glance":
-        card = next(iter(_recorded(f"*/{GLANCE[0]}.json", recorded)), recorded / "none")
-        paths = [card.parent / f"{name}.json" for name in GLANCE]
+        first, *_ = scripts = list(INPUTS)
+        card = next(iter(_recorded(f"*/{first}.json", recorded)), recorded / "none")
+        paths = [card.parent / f"{name}.json" for name in scripts]
         return glance([results.load(path) for path in paths if environment.is_recorded(path)])
     paths = _recorded(f"*/{script}.json", recorded)
     paths += _recorded(f"*/{script}-*.json", recorded)
@@ -52,7 +51,7 @@ def _recorded(pattern: str, recorded: Path) -> list[Path]:
     """The results that git keeps, graphics cards first; a smoke run is none."""
     paths = [path for path in recorded.glob(pattern) if not path.stem.endswith("-smoke")]
     paths = filter(environment.is_recorded, paths)
-    return sorted(paths, key=lambda path: (path.parent.name.startswith("cpu-"), path))
+    return sorted(paths, key=lambda path: (results.cards_first(path.parent), path))
 
 
 def _address(path: Path, recorded: Path) -> str:

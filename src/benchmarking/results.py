@@ -20,6 +20,11 @@ def folder(output: Path, device: str) -> Path:
     return output / environment.slug(environment.device_name(device))
 
 
+def cards_first(folder: Path) -> tuple[bool, str]:
+    """A device's folder as a key to sort by: graphics cards before processors, then by name."""
+    return folder.name.startswith("cpu-"), folder.name
+
+
 def ensure_writable(path: Path, overwrite: bool) -> None:
     """Called before anything is timed. Raises CannotSave where `path` could not be written, or is
     the result of another commit and `overwrite` is not set."""

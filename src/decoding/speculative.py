@@ -346,9 +346,8 @@ class _Round:
         if decoder._check_argmax:
             columns = state.columns[: self._length + 1]
             kept = columns < (state.start - start)[:, None]
-            best = Distribution.best(
-                decoder.distribution, self._logits
-            )  # not by a sampler's kernel
+            # Not by a sampler's kernel.
+            best = Distribution.best(decoder.distribution, self._logits)
             decoder._not_argmax += (kept & (output.token_ids != best)).sum()
 
     def _as_of_the_longest(self, output: SamplerOutput):

@@ -223,8 +223,7 @@ struct ThresholdSearch {
   }
 
   // What the team has in [lo, hi] of the chosen; their logits are listed where there are at most
-  // kListed.
-  // `again`: as in each().
+  // kListed. `again`: as in each().
   __device__ __noinline__ Finding gather(float lo, float hi, bool again, Choice choice) {
     const int lane = block_lane();
     Search::Told& told = s.told[++exchange & 1];
