@@ -108,7 +108,7 @@ void run_logits(const LogitsParams& a, int kernel, int n, bool early_exit, unsig
     std::vector<uint8_t> verdicts(targets, early_exit ? kGoesOn : 0xFF);
     std::vector<float> sums(batch_size * tiles, NAN);
     std::vector<unsigned> arrived(targets), summed(batch_size);
-    const bool keeps = seed % 2 == 0, remembers = a.filters() && seed % 4 < 2;
+    const bool keeps = seed % 2 == 0;
     Findings<T> findings = {};
     if (a.base.spec_length > 0) {
       findings.verdicts = verdicts.data();
@@ -124,11 +124,10 @@ void run_logits(const LogitsParams& a, int kernel, int n, bool early_exit, unsig
     }
     const int kept = keeps ? (tiles + warps * n - 1) / (warps * n) * warps : 0;
     const auto decide = [&] {
-      a.filters() ? positions_kernel<T, true>(a, n, early_exit, keeps, remembers, findings)
-                  : positions_kernel<T, false>(a, n, early_exit, keeps, false, findings);
+      a.filters() ? positions_kernel<T, true>(a, n, early_exit, keeps, findings)
+                  : positions_kernel<T, false>(a, n, early_exit, keeps, findings);
     };
-    const size_t shared =
-        PositionShared::bytes(tiles, a.filters(), remembers, kept) / sizeof(float);
+    const size_t shared = PositionShared::bytes(tiles, a.filters(), kept) / sizeof(float);
     const int positions = static_cast<int>(a.base.spec_length) + 1;
     // n stands for how many tiles a warp has. Both kernels leave the same.
     const auto blocks_of = [&](int count, int share_warps) {

@@ -235,6 +235,10 @@ inline int __reduce_max_sync(unsigned, int value) {
   for (int d = 1; d < 32; d *= 2) value = std::max(value, __shfl_xor_sync(0, value, d));
   return value;
 }
+inline unsigned __reduce_or_sync(unsigned, unsigned value) {
+  for (int d = 1; d < 32; d *= 2) value |= __shfl_xor_sync(0, value, d);
+  return value;
+}
 inline int __popc(unsigned bits) { return __builtin_popcount(bits); }
 inline int __ffs(unsigned bits) { return __builtin_ffs(static_cast<int>(bits)); }
 inline int __clz(unsigned bits) { return bits ? __builtin_clz(bits) : 32; }

@@ -499,7 +499,6 @@ struct LogitsPlan {
   int blocks_per_position;
   bool early_exit;
   int kept_tiles;  // tiles whose weights a block of a position keeps in shared memory
-  bool remembers;  // whether the search for thresholds has shared memory for what it has seen
   // Tiles that a warp of decide_kernel takes, 0 where positions_kernel decides; and one of
   // draw_kernel.
   int deciding_share, drawing_share;

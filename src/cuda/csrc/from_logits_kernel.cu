@@ -66,6 +66,13 @@ __global__ void __launch_bounds__(kMaxWarps* kWarp, kResidentBlocks)
   if (lane == 0) tile_stats = found;
 }
 
+// One warp: the statistics of what a threshold leaves of a tile. A call, for its registers.
+template <typename T>
+__device__ __noinline__ TileStats warp_kept_stats(const T* x, int tile, int vocab_size, float scale,
+                                                  float threshold, int lane) {
+  return warp_tile_stats(x, tile, vocab_size, scale, threshold, lane);
+}
+
 // Filters: a block a row looks for the threshold. `thresholds` [rows].
 template <typename T>
 __global__ void __launch_bounds__(kMaxWarps* kWarp)
@@ -78,7 +85,7 @@ __global__ void __launch_bounds__(kMaxWarps* kWarp)
   int exchange = 0;
   const float threshold =
       find_threshold(*reinterpret_cast<Search*>(shared), Team{0, 1, 0, nullptr}, Filters(a, at.b),
-                     at.x, stats + row * num_tiles(vocab_size), vocab_size, &exchange, false);
+                     at.x, stats + row * num_tiles(vocab_size), vocab_size, &exchange);
   if (threadIdx.x == 0) thresholds[row] = threshold;
 }
 
@@ -198,24 +205,21 @@ struct PositionSummaries {
 // A block's dynamic shared memory, which the cluster's others send into.
 struct PositionShared {
   uint64_t* pending;  // of statistics, of those of what filters keep, of TileSums (2), of is_over,
-                      // of thresholds
+                      // of thresholds, of the statistics of a draft's row that is read in its turn
   uint64_t* barrier;  // of those who search for a threshold together
   float* is_over;     // whether the request has ended before this position
   float* thresholds;  // of the target's row, the draft's
   TileSums sums;
   TileStats* stats;  // [2][tiles]: the target's row, the draft's
-  Search* search;    // where there are filters, and behind it what it remembers
-  float* kept;       // the weights of `slots` tiles, where that was
+  Search* search;    // where there are filters
+  float* kept;       // the weights of `slots` tiles
 
-  static constexpr int kCounts = 6, kWords = kCounts + 3;
+  static constexpr int kCounts = 7, kWords = kCounts + 3;
 
-  FR_HOST_DEVICE static constexpr int64_t bytes(int64_t tiles, bool filtered, bool remembers,
-                                                int slots) {
+  FR_HOST_DEVICE static constexpr int64_t bytes(int64_t tiles, bool filtered, int slots) {
     const int64_t exchanged = 2 * tiles * static_cast<int64_t>(sizeof(float) + sizeof(TileStats));
-    const int64_t memory = remembers ? kMemoryBytes : 0;
     return kWords * static_cast<int64_t>(sizeof(uint64_t)) + exchanged +
-           (filtered ? static_cast<int64_t>(sizeof(Search)) : 0) +
-           (kept_bytes(slots) > memory ? kept_bytes(slots) : memory);
+           (filtered ? static_cast<int64_t>(sizeof(Search)) : 0) + kept_bytes(slots);
   }
 
   __device__ PositionShared(uint64_t* shared, int tiles, bool filtered)
@@ -259,6 +263,39 @@ __device__ __forceinline__ bool warp_is_over(const volatile uint8_t* verdicts, u
   return false;
 }
 
+// One warp, which has `draft`: whether a draft is accepted whatever the filters leave out, by more
+// than roundings could change, so that nobody needs to look for what they keep. `stats` are of the
+// target's whole row; top-p and min_p are all the filters.
+__device__ __noinline__ bool warp_surely_accepts(const TileStats* stats, const Filters& filters,
+                                                 const DraftToken& draft, double draft_logsumexp,
+                                                 int vocab_size, int lane) {
+  constexpr float kMargin = 0x1p-10f;
+  const float x_p = finite_logit(draft.values.target), x_q = finite_logit(draft.values.draft);
+  if (draft.id < 0 || draft.id >= vocab_size || !(fminf(x_p, x_q) > kNegativeInfinity)) {
+    return false;
+  }
+  const int tiles = num_tiles(vocab_size);
+  const float scale = filters.scale, largest = warp_largest(stats, tiles, lane);
+  // All of the row that could be above the draft.
+  float above = 0.0f;
+  for (int tile = lane; tile < tiles; tile += kWarp) {
+    if (stats[tile].largest > x_p) above += tile_weight(stats[tile], largest, scale);
+  }
+#pragma unroll
+  for (int d = 1; d < kWarp; d *= 2) above += __shfl_xor_sync(kAllLanes, above, d);
+  const double sum = warp_row_sum(stats, largest, scale, tiles, lane);
+  const bool in_share =
+      filters.top_p >= 1.0f || above < (1.0f - kMargin) * filters.top_p * static_cast<float>(sum);
+  const bool is_near =
+      !(filters.min_p > 0.0f) || keeps_min_p(x_p, largest, scale, filters.min_p * (1.0f + kMargin));
+  // With less of the row kept its probability is larger.
+  const double difference = static_cast<double>(x_q) - x_p;
+  const double least = logsumexp_of(sum, largest, scale) - draft_logsumexp;
+  const double log2_ratio = difference * scale + least * kLog2E;
+  const float ratio = exp2_portable(static_cast<float>(log2_ratio < 126 ? log2_ratio : 126));
+  return in_share && is_near && accepts(draft.u, ratio * (1.0f + kMargin), 1.0f);
+}
+
 // How many blocks a multiprocessor has registers for. The search for thresholds wants many, and so
 // do float32 logits.
 template <typename T, bool filtered>
@@ -266,7 +303,7 @@ constexpr int kResidentPositions = filtered || sizeof(T) == 4 ? 1 : kResidentBlo
 
 template <typename T, bool filtered>
 __global__ void __launch_bounds__(kMaxWarps* kWarp, kResidentPositions<T, filtered>)
-    positions_kernel(const LogitsParams a, int blocks, bool early_exit, bool keeps, bool remembers,
+    positions_kernel(const LogitsParams a, int blocks, bool early_exit, bool keeps,
                      Findings<T> findings) {
   using Request = LogitsRequest<T, PositionSummaries>;
   __shared__ RowSummary summaries[2], given;
@@ -308,16 +345,23 @@ __global__ void __launch_bounds__(kMaxWarps* kWarp, kResidentPositions<T, filter
   const int rows = num_draft_rows(a) > 0 && !greedy && !is_last ? 2 : 1;
   if (first >= tiles && first < rows * tiles) load(first, raw);
   const PositionShared at(shared, tiles, filtered);
+  // Where the draft's sum is known and not all blocks run at once the draft's row has its turn after
+  // the target's: most drafts are accepted without it. With top-k, for which a search does little,
+  // two rows at once are no slower; with float32 logits there are no registers for it.
+  const bool in_turns = filtered && sizeof(T) < 4 && early_exit && rows == 2 &&
+                        a.draft_logsumexp && !(a.top_k && a.top_k[b] > 0);
+  const int summed_rows = a.draft_logsumexp ? 1 : rows;  // whose sums are not known before
   // Half of the cluster searches in each of two rows, where it can be halved.
-  const bool halved = filtered && rows == 2 && blocks % 2 == 0;
+  const bool halved = filtered && rows == 2 && !in_turns && blocks % 2 == 0;
   const int team_size = halved ? blocks / 2 : blocks;
   if (threadIdx.x == 0) {
-    for (int pass = 0; pass < (filtered ? 2 : 1); ++pass) {
-      expect_bytes(at.pending + pass, rows * tiles * static_cast<int>(sizeof(TileStats)));
-    }
+    const int row_bytes = tiles * static_cast<int>(sizeof(TileStats));
+    expect_bytes(at.pending, (in_turns ? 1 : rows) * row_bytes);
     expect_sums(at.sums, tiles);
     expect_bytes(at.pending + 4, static_cast<int>(sizeof(float)));
     if (filtered) {
+      expect_bytes(at.pending + 1, summed_rows * row_bytes);
+      expect_bytes(at.pending + 6, row_bytes);
       expect_bytes(at.pending + 5, rows * static_cast<int>(sizeof(float)));
       expect_arrivals(at.barrier, team_size);
     }
@@ -365,93 +409,108 @@ __global__ void __launch_bounds__(kMaxWarps* kWarp, kResidentPositions<T, filter
   const bool ahead = !early_exit && rows == 1 && x_q;
   const Filters filters = filtered ? Filters(a, b) : Filters();
   const bool sums_first = !greedy && (!filters.any() || filters.want_sums());
-  for (int i = first; i < rows * tiles; i += step) {
-    RawTile<T> next;
-    if (i + step < rows * tiles) load(i + step, next);
-    if (ahead) prefetch_tile(static_cast<const T*>(nullptr), x_q, i, vocab_size, lane);
-    tell(i, warp_tile_stats(raw, scale, kNegativeInfinity, sums_first), 0);
-    raw = next;
-  }
-
-  if (filtered || warp < rows) wait_for_bytes(at.pending);
   float threshold_p = kNegativeInfinity, threshold_q = kNegativeInfinity;
-  if constexpr (filtered) {
-    const Team team{rank % team_size, team_size, rank - rank % team_size, at.barrier};
-    int exchange = 0;
-    for (int row = halved ? rank / team_size : 0; row < rows; row += halved ? rows : 1) {
-      const float found = find_threshold(*at.search, team, filters, row == 0 ? x_p : x_q,
-                                         at.stats + row * tiles, vocab_size, &exchange, remembers);
+  int exchange = 0;
+  const auto leave_a_verdict = [&] {
+    if (rank == 0 && findings.verdicts) {
+      findings.verdicts[static_cast<int64_t>(b) * (spec_length + 1) + k] = ends ? kEnds : kGoesOn;
+    }
+  };
+#pragma unroll 1
+  for (int turn = 0; turn < (in_turns ? 2 : 1); ++turn) {
+    const int begin = turn * tiles + first, end = (in_turns ? turn + 1 : rows) * tiles;
+    if (filtered && turn > 0 && begin < end) load(begin, raw);
+    for (int i = begin; i < end; i += step) {
+      RawTile<T> next;
+      if (i + step < end) load(i + step, next);
+      if (ahead) prefetch_tile(static_cast<const T*>(nullptr), x_q, i, vocab_size, lane);
+      tell(i, warp_tile_stats(raw, scale, kNegativeInfinity, sums_first), 6 * turn);
+      raw = next;
+    }
+    if (filtered || warp < rows) wait_for_bytes(at.pending + 6 * turn);
+    if constexpr (filtered) {
+      if (in_turns && turn == 0 && sums_first) {
+        if (warp == warps - 1) {
+          const bool sure = warp_surely_accepts(at.stats, filters, draft, given.logsumexp,
+                                                vocab_size, lane);
+          if (lane == 0) ends = !sure;
+        }
+        __syncthreads();
+        if (!ends) {
+          if (threadIdx.x == 0) leave_a_verdict();
+          return;
+        }
+      }
+      const Team team{rank % team_size, team_size, rank - rank % team_size, at.barrier};
+      for (int row = halved ? rank / team_size : turn; row * tiles < end;
+           row += halved ? rows : 1) {
+        const float found = find_threshold(*at.search, team, filters, row == 0 ? x_p : x_q,
+                                           at.stats + row * tiles, vocab_size, &exchange);
+        if (halved) {
+          if (team.rank == 0 && warp == 0 && lane < blocks) {
+            send_to_block(at.thresholds + row, at.pending + 5, lane, found);
+          }
+        } else if (row == 0) {
+          threshold_p = found;
+        } else {
+          threshold_q = found;
+        }
+      }
       if (halved) {
-        if (team.rank == 0 && warp == 0 && lane < blocks) {
-          send_to_block(at.thresholds + row, at.pending + 5, lane, found);
-        }
-      } else if (row == 0) {
-        threshold_p = found;
-      } else {
-        threshold_q = found;
+        wait_for_bytes(at.pending + 5);
+        threshold_p = at.thresholds[0];
+        threshold_q = at.thresholds[1];
       }
-    }
-    if (halved) {
-      wait_for_bytes(at.pending + 5);
-      threshold_p = at.thresholds[0];
-      threshold_q = at.thresholds[1];
-    }
-    const bool sums_later = !greedy && !sums_first;
-    const auto threshold_of = [&](int i) { return i < tiles ? threshold_p : threshold_q; };
-    const auto changes = [&](float threshold) {
-      return sums_later || threshold > kNegativeInfinity;
-    };
-    if (changes(threshold_p) || changes(threshold_q)) {
-      // Where a tile was seen to have nothing to keep, it is not read again.
-      const auto keeps = [&](int i, float threshold) {
-        return i < rows * tiles && at.stats[i].largest >= threshold && changes(threshold);
+      const bool sums_later = !greedy && !sums_first;
+      const auto threshold_of = [&](int i) { return i < tiles ? threshold_p : threshold_q; };
+      const auto changes = [&](float threshold) {
+        return sums_later || threshold > kNegativeInfinity;
       };
-      bool is_kept = keeps(first, threshold_of(first));
-      if (is_kept) load(first, raw);
-      for (int i = first; i < rows * tiles; i += step) {
-        const float threshold = threshold_of(i), next_threshold = threshold_of(i + step);
-        const bool is_next_kept = keeps(i + step, next_threshold);
-        RawTile<T> next;
-        if (kTwoTiles<T> && is_next_kept) load(i + step, next);
-        TileStats found = at.stats[i];
-        __syncwarp();  // what is sent below overwrites it
-        if (changes(threshold)) {
-          found = {kNegativeInfinity, 0.0f};
-          if (is_kept) found = warp_tile_stats(raw, scale, threshold, true);
+      if (turn == 0 && (changes(threshold_p) || changes(threshold_q))) {
+        for (int i = first; i < summed_rows * tiles; i += step) {
+          const float threshold = threshold_of(i);
+          TileStats found = at.stats[i];
+          __syncwarp();  // what is sent below overwrites it
+          if (changes(threshold)) {
+            // Where a tile was seen to have nothing to keep, it is not read again.
+            const bool is_kept = found.largest >= threshold;
+            found = {kNegativeInfinity, 0.0f};
+            if (is_kept) {
+              found = warp_kept_stats(i < tiles ? x_p : x_q, i < tiles ? i : i - tiles, vocab_size,
+                                      scale, threshold, lane);
+            }
+          }
+          tell(i, found, 1);
         }
-        tell(i, found, 1);
-        is_kept = is_next_kept;
-        if (kTwoTiles<T>) raw = next;
-        if (!kTwoTiles<T> && is_kept) load(i + step, raw);
+        if (warp < summed_rows) wait_for_bytes(at.pending + 1);
       }
-      if (warp < rows) wait_for_bytes(at.pending + 1);
     }
-  }
-  if (warp < rows) {
-    const RowSummary summary =
-        warp_summarize(warp == 0 ? x_p : x_q, at.stats + warp * tiles, scale,
-                       warp == 0 ? threshold_p : threshold_q, greedy, vocab_size, lane);
-    if (lane == 0) summaries[warp] = summary;
-  }
-  __syncthreads();
-  // Two threads decide, one whether the request ends here, one what it would draw from.
-  if (threadIdx.x == 0 || threadIdx.x == kWarp) {
-    Request decided = request();
-    decided.summaries.given = a.draft_logsumexp ? &given : nullptr;
-    if (filtered) decided.summaries.threshold = threshold_q;
-    if (threadIdx.x == kWarp) {
-      row = decided.row(k, is_last ? kPlaceholderTokenId : draft.id);
-    } else {
-      ends = is_last || !decided.accepts_values(k, draft.id, draft.values, [&] { return draft.u; });
-      if (rank == 0 && findings.verdicts) {
-        findings.verdicts[static_cast<int64_t>(b) * (spec_length + 1) + k] = ends ? kEnds : kGoesOn;
+    if (turn == 0 && warp < summed_rows) {
+      const RowSummary summary =
+          warp_summarize(warp == 0 ? x_p : x_q, at.stats + warp * tiles, scale,
+                         warp == 0 ? threshold_p : threshold_q, greedy, vocab_size, lane);
+      if (lane == 0) summaries[warp] = summary;
+    }
+    __syncthreads();
+    // Two threads decide, one whether the request ends here, one what it would draw from. In the
+    // first of two turns nothing of the draft is left out: a draft that is accepted then, is.
+    if (threadIdx.x == 0 || threadIdx.x == kWarp) {
+      Request decided = request();
+      decided.summaries.given = a.draft_logsumexp ? &given : nullptr;
+      if (filtered) decided.summaries.threshold = threshold_q;
+      if (threadIdx.x == kWarp) {
+        row = decided.row(k, is_last ? kPlaceholderTokenId : draft.id);
+      } else {
+        ends =
+            is_last || !decided.accepts_values(k, draft.id, draft.values, [&] { return draft.u; });
+        if (!in_turns || turn > 0 || !ends) leave_a_verdict();
+        if (rank == 0 && a.logsumexp) a.logsumexp[b] = summaries[0].logsumexp;
+        if (rank == 0 && spec_length == 0) a.base.num_accepted[b] = 0;
       }
-      if (rank == 0 && a.logsumexp) a.logsumexp[b] = summaries[0].logsumexp;
-      if (rank == 0 && spec_length == 0) a.base.num_accepted[b] = 0;
     }
+    __syncthreads();
+    if (!ends) return;
   }
-  __syncthreads();
-  if (!ends) return;
   if (findings.rows) {
     if (rank != 0) return;
     const int64_t position = static_cast<int64_t>(b) * (spec_length + 1) + k;
@@ -786,7 +845,7 @@ int64_t table_bytes(const LogitsParams& a) {
 int64_t cluster_bytes(const LogitsParams& a) {
   return a.base.block_verification
              ? exchange_bytes(a.base.vocab_size) + table_bytes(a)
-             : PositionShared::bytes(num_tiles(a.base.vocab_size), a.filters(), false, 0);
+             : PositionShared::bytes(num_tiles(a.base.vocab_size), a.filters(), 0);
 }
 
 template <typename T>
@@ -845,9 +904,9 @@ struct LaunchLogits {
     config.gridDim.y = static_cast<unsigned>(a.base.spec_length + 1);
     const auto kernel = a.filters() ? positions_kernel<T, true> : positions_kernel<T, false>;
     const int64_t shared_bytes =
-        PositionShared::bytes(num_tiles(a.base.vocab_size), a.filters(), plan.remembers, kept);
+        PositionShared::bytes(num_tiles(a.base.vocab_size), a.filters(), kept);
     return launch_in_clusters(kernel, config, blocks, shared_bytes, a, blocks, plan.early_exit,
-                              kept > 0, plan.remembers, findings);
+                              kept > 0, findings);
   }
 
   static cudaError_t decide(const LogitsParams& a, const LogitsPlan& plan,
@@ -924,14 +983,13 @@ int plan_from_logits(const LogitsParams& a, Exchange exchange, int blocks, Logit
   }
   if (error != cudaSuccess) return error;
   plan->blocks_per_position = 0;
-  plan->early_exit = plan->remembers = false;
+  plan->early_exit = false;
   plan->kept_tiles = plan->deciding_share = plan->drawing_share = 0;
   if (plan->fused.exchange == Exchange::kCluster && !a.base.block_verification) {
     plan->blocks_per_position = blocks > 0 ? blocks : blocks_per_position(a, *device);
-    const int64_t room = device->shared_bytes - cluster_bytes(a);
-    plan->kept_tiles = tiles_to_keep(a.base.vocab_size, plan->blocks_per_position,
-                                     warps_per_block(a.base.vocab_size), room);
-    plan->remembers = a.filters() && kMemoryBytes <= room;
+    plan->kept_tiles =
+        tiles_to_keep(a.base.vocab_size, plan->blocks_per_position,
+                      warps_per_block(a.base.vocab_size), device->shared_bytes - cluster_bytes(a));
     // With all of them running at once there is no end to be found, and time to draw for nothing.
     const int64_t all = num_target_rows(a.base) * plan->blocks_per_position;
     plan->early_exit = a.base.spec_length > 0 && all > blocks_at_once(a, *device);

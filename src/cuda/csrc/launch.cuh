@@ -15,7 +15,7 @@ namespace {
 constexpr int kPortableCluster = 8, kLargestCluster = 16;
 constexpr int kMostBlocksWithoutClusters = 64;
 constexpr int kMaxDevices = 64;
-constexpr int64_t kMaxSharedBytes = 208 * 1024;    // of sm_90's 227 KiB a block
+constexpr int64_t kMaxSharedBytes = 192 * 1024;    // of sm_90's 227 KiB a block
 constexpr int64_t kStaticSharedBytes = 16 * 1024;  // more than any kernel's own variables
 constexpr int64_t kDefaultSharedBytes =
     40 * 1024;  // of 48 KiB: kernels have variables of their own

@@ -14,12 +14,8 @@ namespace {
 
 constexpr int kLargestTeam = 8;
 constexpr int kBins = 256;
-constexpr int kListed = 256;  // logits that are ranked by comparing each with each
-// A warp's memory: the logits that it has found and not yet looked at. Where the search remembers,
-// there is room for two tiles of them, and behind it for the logits that it need not look for
-// again.
-constexpr int kPending = kTile + kWarp;
-constexpr int kTwoPending = 2 * kTile + kWarp, kRemembered = 1024;
+constexpr int kListed = 256;             // logits that are ranked by comparing each with each
+constexpr int kPending = kTile + kWarp;  // logits that a warp has found and not yet looked at
 constexpr float kLeastFloat = -kLargestFloat;
 
 __device__ __forceinline__ int block_warp() { return static_cast<int>(threadIdx.x) / kWarp; }
@@ -71,17 +67,13 @@ struct Search {
   uint64_t merged[kBins];
   uint64_t weights[kListed];
   float ranked[kListed];
+  float pending[kMaxWarps][kPending];
   uint64_t above, wanted;
   double sum;
   int bin;
   float largest, answer;
   bool is_found;
-  float pending[kMaxWarps][kPending];  // the last, see kMemoryBytes
 };
-
-// Shared memory behind a Search that remembers, which goes on where its `pending` ends.
-constexpr int64_t kMemoryBytes =
-    kMaxWarps * (kTwoPending + kRemembered - kPending) * static_cast<int64_t>(sizeof(float));
 
 // The sum over `together` adjacent lanes, in each of them.
 template <int together, typename V>
@@ -106,37 +98,28 @@ __device__ __forceinline__ float logit_up_to(uint32_t key) {
   return logit_of(key == 0x7FFFFFFFu ? key - 1 : key);
 }
 
-// Whether a warp has two tiles on their way at once. Others than bfloat16 have no registers for it.
-template <typename T>
-constexpr bool kTwoTiles = std::is_same_v<T, BFloat16>;
+// The least float above a logit.
+__device__ __forceinline__ float next_above(float logit) { return logit_of(key_of(logit) + 1); }
 
-// One warp: appends the logits of a tile, and of a second one unless that is behind the row, that
-// are in [lo, hi] to `pending`, which holds `held`; how many it holds then. A call, as are the
-// steps of the search: they are many, and a warp waits longer for new instructions than for most
-// else.
+// One warp: appends the logits of a tile that are at least lo, and below `above` unless that is NaN,
+// to `pending`, which holds `held`; how many it holds then. A call, as are the steps of the search:
+// they are many, and a warp waits longer for new instructions than for most else.
 template <typename T>
-__device__ __noinline__ int warp_collect(const T* x, int tile, int second, int vocab_size, float lo,
-                                         float hi, float* pending, int held) {
+__device__ __noinline__ int warp_collect(const T* x, int tile, int vocab_size, float lo,
+                                         float above, float* pending, int held) {
   const int lane = block_lane();
-  const bool two = kTwoTiles<T> && second < num_tiles(vocab_size);
-  RawTile<T> raw, next;
+  RawTile<T> raw;
   load_tile(x, tile, vocab_size, kNegativeInfinityWord<T>, lane, raw);
-  if (two) load_tile(x, second, vocab_size, kNegativeInfinityWord<T>, lane, next);
-#pragma unroll 1
-  for (int half = 0; half < (two ? 4 : 2); ++half) {
-    if (kTwoTiles<T> && half == 2) raw = next;
-    int hits = 0;
+  uint32_t bits = bits_at_least(raw, lo);
+  if (above == above) bits &= ~bits_at_least(raw, above);
+  if (!__ballot_sync(kAllLanes, bits != 0)) return held;
+  const int hits = __popc(bits), scan = warp_inclusive(hits, lane);
+  float* at = pending + held + scan - hits;
 #pragma unroll
-    for (int i = 0; i < 8; ++i) hits += raw.at(i) >= lo && raw.at(i) <= hi;  // no NaN is
-    const int scan = warp_inclusive(hits, lane);
-    float* at = pending + held + scan - hits;
-#pragma unroll
-    for (int i = 0; i < 8; ++i) {
-      if (raw.at(i) >= lo && raw.at(i) <= hi) *at++ = raw.at(i);
-    }
-    held += __shfl_sync(kAllLanes, scan, kWarp - 1);
-    raw.next_half();
+  for (int i = 0; i < RawTile<T>::kBits; ++i) {
+    if (bits >> RawTile<T>::bit(i) & 1) *at++ = raw.of_bit(RawTile<T>::bit(i));
   }
+  held += __shfl_sync(kAllLanes, scan, kWarp - 1);
   __syncwarp();
   return held;
 }
@@ -180,41 +163,27 @@ struct ThresholdSearch {
   int exchange;  // how often the team has told
   float largest, scale, unit;
   float threshold = kNegativeInfinity;
-  bool remembers;           // there is the memory for it
-  int num_remembered = -1;  // of this warp, by the last find_bin; -1: not all of them
-
-  __device__ __forceinline__ float* pending() const {
-    return &s.pending[0][0] + block_warp() * (remembers ? kTwoPending + kRemembered : kPending);
-  }
-  __device__ __forceinline__ float* remembered() const { return pending() + kTwoPending; }
 
   // All warps: f(is_one, x) by whole warps for the finite_logit x of this block's tiles that are in
-  // [lo, hi], lo above -inf: 32 at a time, as they are sparse. `again`: from what find_bin
-  // remembers, where it had room for all; [lo, hi] is inside its range then.
+  // [lo, hi], lo above -inf: 32 at a time, as they are sparse.
   template <typename F>
-  __device__ __forceinline__ void each(float lo, float hi, bool again, const F& f) const {
+  __device__ __forceinline__ void each(float lo, float hi, const F& f) const {
     const int lane = block_lane(), tiles = num_tiles(vocab_size);
     const OwnTiles own(team.rank, team.blocks);
-    const float top = hi == kLargestFloat ? INFINITY : hi;
-    const bool is_known = again && num_remembered >= 0;
-    float* found = is_known ? remembered() : pending();
-    int held = is_known ? num_remembered : 0;
-    const auto next_of = [&](int tile) {  // the first from there on that may hold some
-      while (tile < tiles && !(stats[tile].largest >= lo)) tile += own.step;
-      return tile;
-    };
-    int tile = is_known ? tiles : next_of(own.first);
-    for (;;) {
+    float* pending = s.pending[block_warp()];
+    int held = 0;
+    for (int tile = own.first;; tile += own.step) {
       const bool is_done = tile >= tiles;
       if (!is_done) {
-        const int second = kTwoTiles<T> && remembers ? next_of(tile + own.step) : tiles;
-        held = warp_collect(x, tile, second, vocab_size, lo, top, found, held);
-        tile = next_of((second < tiles ? second : tile) + own.step);
+        const float most = stats[tile].largest;
+        if (!(most >= lo)) continue;
+        held = warp_collect(x, tile, vocab_size, lo, most > hi ? next_above(hi) : NAN, pending,
+                            held);
       }
       while (held >= kWarp || (is_done && held > 0)) {
         const int first = held > kWarp ? held - kWarp : 0;
-        const float logit = first + lane < held ? finite_logit(found[first + lane]) : 0.0f;
-        f(first + lane < held && logit >= lo && logit <= hi, logit);
+        const bool is_one = first + lane < held;
+        f(is_one, is_one ? finite_logit(pending[first + lane]) : 0.0f);
         held = first;
       }
       if (is_done) break;
@@ -223,14 +192,14 @@ struct ThresholdSearch {
   }
 
   // What the team has in [lo, hi] of the chosen; their logits are listed where there are at most
-  // kListed. `again`: as in each().
-  __device__ __noinline__ Finding gather(float lo, float hi, bool again, Choice choice) {
+  // kListed.
+  __device__ __noinline__ Finding gather(float lo, float hi, Choice choice) {
     const int lane = block_lane();
     Search::Told& told = s.told[++exchange & 1];
     if (threadIdx.x == 0) s.mine = {0, 0xFFFFFFFFu, 0};
     __syncthreads();
     uint32_t least = 0xFFFFFFFFu, most = 0;
-    each(lo, hi, again, [&](bool counts, float logit) {
+    each(lo, hi, [&](bool counts, float logit) {
       if (choice.bin >= 0) counts = counts && choice.bins(logit) == choice.bin;
       if (choice.min_p > 0.0f) {
         counts = counts && keeps_min_p(logit, largest, scale, choice.min_p);
@@ -330,18 +299,7 @@ struct ThresholdSearch {
       s.low[i] = s.high[i] = 0;
     }
     __syncthreads();
-    int count = remembers ? 0 : -1;
-    each(lo, hi, false, [&](bool is_there, float logit) {
-      if (count >= 0) {
-        const unsigned all = __ballot_sync(kAllLanes, is_there);
-        const int place = count + __popc(all & ((1u << lane) - 1));
-        count += __popc(all);
-        if (count > kRemembered) {
-          count = -1;
-        } else if (is_there) {
-          remembered()[place] = logit;
-        }
-      }
+    each(lo, hi, [&](bool is_there, float logit) {
       const uint64_t weight = is_there ? weight_of(*goal, logit) : 0;
       if (!weight) return;
       const int bin = bins(logit);
@@ -350,7 +308,6 @@ struct ThresholdSearch {
       high += atomicAdd(&s.low[bin], low) + low < low;  // the carry
       if (high) atomicAdd(&s.high[bin], high);
     });
-    num_remembered = count;
     __syncthreads();
     for (int i = static_cast<int>(threadIdx.x); i < kBins; i += blockDim.x) {
       team.tell(&told.bins[team.rank][i], (uint64_t{s.high[i]} << 32) + s.low[i]);
@@ -422,7 +379,7 @@ struct ThresholdSearch {
       const uint32_t top = found.most - (static_cast<uint32_t>(bin) << bins.shift);
       const uint32_t width = (1u << bins.shift) - 1;
       const uint32_t bottom = top - found.least > width ? top - width : found.least;
-      found = gather(logit_of(bottom), logit_up_to(top), true, Choice{bins, -1, 0.0f});
+      found = gather(logit_of(bottom), logit_up_to(top), Choice{bins, -1, 0.0f});
     }
   }
 
@@ -464,7 +421,7 @@ struct ThresholdSearch {
   }
 
   __device__ __forceinline__ void keep_top(int k) {
-    const Finding found = gather(floor_of_top(k), kLargestFloat, false, Choice{{}, -1, 0.0f});
+    const Finding found = gather(floor_of_top(k), kLargestFloat, Choice{{}, -1, 0.0f});
     float logit;
     const Goal goal{false, 0.0f, 0.0, static_cast<uint64_t>(k), 0};
     if (select(found, goal, &logit)) threshold = logit;
@@ -509,8 +466,8 @@ struct ThresholdSearch {
         const float slack = fabsf(largest) * 0x1p-20f;
         const float lo = is_linear ? largest - (bin + 2) * width - slack : floor;
         const float hi = is_linear ? largest - (bin - 1) * width + slack : largest;
-        const Finding found = gather(lo > floor ? lo : floor, hi < largest ? hi : largest, true,
-                                     Choice{bins, bin, 0.0f});
+        const Finding found =
+            gather(lo > floor ? lo : floor, hi < largest ? hi : largest, Choice{bins, bin, 0.0f});
         float logit;
         if (select(found, goal, &logit) && logit > threshold) threshold = logit;
         return;
@@ -523,7 +480,7 @@ struct ThresholdSearch {
   __device__ __forceinline__ void keep_near(float min_p) {
     const float near = down_to(log2f(min_p));
     const Finding found =
-        gather(near > threshold ? near : threshold, kLargestFloat, false, Choice{{}, -1, min_p});
+        gather(near > threshold ? near : threshold, kLargestFloat, Choice{{}, -1, min_p});
     // A min_p above 1 would keep nothing: the largest always stays.
     const float least = found.count > 0 ? logit_of(found.least) : largest;
     threshold = least > threshold ? least : threshold;
@@ -554,18 +511,16 @@ struct Filters {
 };
 
 // All threads of the team's blocks: the least logit that a row's filters keep, -inf where they keep
-// all. exchange: how often the team has told, 0 before its first search. remembers: kMemoryBytes
-// are behind the Search.
+// all. exchange: how often the team has told, 0 before its first search.
 template <typename T>
 __device__ __noinline__ float find_threshold(Search& s, Team team, Filters filters, const T* x,
-                                             const TileStats* stats, int vocab_size, int* exchange,
-                                             bool remembers) {
+                                             const TileStats* stats, int vocab_size,
+                                             int* exchange) {
   if (!filters.any()) return kNegativeInfinity;
   const float largest = warp_largest(stats, num_tiles(vocab_size), block_lane());
   if (!(largest > kNegativeInfinity)) return kNegativeInfinity;
   ThresholdSearch<T> search{
       s, team, x, stats, vocab_size, *exchange, largest, filters.scale, mass_unit(vocab_size)};
-  search.remembers = remembers;
   if (filters.top_k > 0) search.keep_top(filters.top_k);
   if (filters.top_p < 1.0f) search.keep_share(filters.top_p, filters.top_k > 0);
   if (filters.min_p > 0.0f) search.keep_near(filters.min_p);

@@ -33,6 +33,50 @@ __device__ __forceinline__ uint32_t max_of(uint32_t a, uint32_t b) {
   return most;
 }
 
+// Whether the hardware compares two bfloat16 at once.
+#if defined(FR_EMULATION) || __CUDA_ARCH__ >= 900
+constexpr bool kComparesPairs = true;
+#else
+constexpr bool kComparesPairs = false;
+#endif
+
+// All bits of each half of a word whose bfloat16 is at least that of `least`.
+__device__ __forceinline__ uint32_t pairs_at_least(uint32_t word, uint32_t least) {
+  uint32_t mask = 0;
+#ifdef FR_EMULATION
+  for (int half = 0; half < 32; half += 16) {
+    const BFloat16 x{static_cast<uint16_t>(word >> half)};
+    const BFloat16 y{static_cast<uint16_t>(least >> half)};
+    if (static_cast<float>(x) >= static_cast<float>(y)) mask |= 0xFFFFu << half;
+  }
+#elif __CUDA_ARCH__ >= 900
+  asm("set.ge.u32.bf16x2 %0, %1, %2;" : "=r"(mask) : "r"(word), "r"(least));
+#endif
+  return mask;
+}
+
+// One lane: the bits of those of its share of a tile that are at least `least`.
+template <typename T>
+__device__ __forceinline__ uint32_t bits_at_least(const RawTile<T>& raw, float least) {
+  uint32_t bits = 0;
+  if constexpr (kComparesPairs && std::is_same_v<T, BFloat16>) {
+    // The least bfloat16 that is.
+    const uint32_t exact = bits_of(least), up = exact + (exact >> 31 ? 0u : 0xFFFFu);
+    const uint32_t pair = up >> 16 | (up & 0xFFFF0000u);
+#pragma unroll
+    for (int w = 0; w < 8; ++w) {
+      bits |= pairs_at_least(raw.words[w / 4].word[w % 4], pair) & 0x10001u << w;
+    }
+  } else {
+#pragma unroll
+    for (int i = 0; i < RawTile<T>::kBits; ++i) {
+      const int bit = RawTile<T>::bit(i);
+      if (raw.of_bit(bit) >= least) bits |= 1u << bit;
+    }
+  }
+  return bits;
+}
+
 // One lane: the largest logit of its share of a tile; a NaN is left out, so that it is -inf where
 // there is nothing else.
 template <typename T>
@@ -65,25 +109,39 @@ __device__ __forceinline__ TileStats warp_tile_stats(RawTile<T> raw, float scale
   if (!is_summed) return {largest, 0.0f};
   const float product = largest * scale, anchor = whole(product);
   const bool wide = is_wide(product), kept = threshold > kNegativeInfinity;
+  // Where a threshold leaves little, the warp has nothing in most places.
+  const uint32_t kept_bits =
+      kept ? __reduce_or_sync(kAllLanes, bits_at_least(raw, threshold)) : 0xFFFFFFFFu;
   float first = 0.0f, second = 0.0f;
 #pragma unroll
   for (int half = 0; half < 2; ++half) {
-    float w[RawTile<T>::kElements];
+    constexpr int kPairs = RawTile<T>::kPairs, kElements = RawTile<T>::kElements;
+    float w[kElements] = {};
 #pragma unroll
-    for (int i = 0; i < 8; ++i) w[i] = raw.at(i);
-    if (kept) {
+    for (int begin = 0; begin < kElements; begin += kPairs) {
+      uint32_t places = 0;
 #pragma unroll
-      for (float& w_i : w) w_i = w_i >= threshold ? w_i : kNegativeInfinity;
+      for (int i = begin; i < begin + kPairs; ++i) {
+        places |= 1u << RawTile<T>::bit(half * kElements + i);
+      }
+      if (!(kept_bits & places)) continue;
+#pragma unroll
+      for (int i = begin; i < begin + kPairs; ++i) {
+        w[i] = raw.at(i);
+        if (kept) w[i] = w[i] >= threshold ? w[i] : kNegativeInfinity;
+      }
+      if (wide) {
+#pragma unroll
+        for (int i = begin; i < begin + kPairs; ++i) {
+          w[i] = (finite_logit(w[i]) - largest) * scale;
+        }
+      } else {
+#pragma unroll
+        for (int i = begin; i < begin + kPairs; ++i) w[i] = fmaf(w[i], scale, -anchor);
+      }
+#pragma unroll
+      for (int i = begin; i < begin + kPairs; ++i) w[i] = exp2_portable(w[i]);  // 0 for a NaN
     }
-    if (wide) {
-#pragma unroll
-      for (float& w_i : w) w_i = (finite_logit(w_i) - largest) * scale;
-    } else {
-#pragma unroll
-      for (float& w_i : w) w_i = fmaf(w_i, scale, -anchor);
-    }
-#pragma unroll
-    for (float& w_i : w) w_i = exp2_portable(w_i);  // 0 for a NaN
     first = second;
     second = half_sum(w);
     raw.next_half();

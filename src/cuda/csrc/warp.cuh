@@ -276,6 +276,20 @@ struct RawTile {
     }
   }
 
+  // The elements are numbered by bits, that of element i % kElements of half i / kElements.
+  static constexpr int kBits = 2 * kElements;
+  static __device__ constexpr int bit(int i) {
+    const int half = i / kElements, pair = i % kElements / kPairs, in_pair = i % kPairs;
+    if (sizeof(T) == 4) return (pair * 2 + half) * 4 + in_pair;
+    return pair * 4 + half * 2 + in_pair / 2 + in_pair % 2 * 16;
+  }
+
+  // By its bit: of words of two, the second element's is 16 above the first's.
+  __device__ __forceinline__ float of_bit(int bit) const {
+    const int word = bit % 16;
+    return element(words[word / 4].word[word % 4], bit / 16);
+  }
+
   // The second half becomes the first.
   __device__ __forceinline__ void next_half() {
     if constexpr (sizeof(T) == 4) {
