@@ -345,11 +345,11 @@ __global__ void __launch_bounds__(kMaxWarps* kWarp, kResidentPositions<T, filter
   const int rows = num_draft_rows(a) > 0 && !greedy && !is_last ? 2 : 1;
   if (first >= tiles && first < rows * tiles) load(first, raw);
   const PositionShared at(shared, tiles, filtered);
-  // Where the draft's sum is known and not all blocks run at once the draft's row has its turn after
-  // the target's: most drafts are accepted without it. With top-k, for which a search does little,
-  // two rows at once are no slower; with float32 logits there are no registers for it.
-  const bool in_turns = filtered && sizeof(T) < 4 && early_exit && rows == 2 &&
-                        a.draft_logsumexp && !(a.top_k && a.top_k[b] > 0);
+  // Where the draft's sum is known and not all blocks run at once the draft's row has its turn
+  // after the target's: most drafts are accepted without it. With top-k, for which a search does
+  // little, two rows at once are no slower; with float32 logits there are no registers for it.
+  const bool in_turns = filtered && sizeof(T) < 4 && early_exit && rows == 2 && a.draft_logsumexp &&
+                        !(a.top_k && a.top_k[b] > 0);
   const int summed_rows = a.draft_logsumexp ? 1 : rows;  // whose sums are not known before
   // Half of the cluster searches in each of two rows, where it can be halved.
   const bool halved = filtered && rows == 2 && !in_turns && blocks % 2 == 0;
@@ -431,8 +431,8 @@ __global__ void __launch_bounds__(kMaxWarps* kWarp, kResidentPositions<T, filter
     if constexpr (filtered) {
       if (in_turns && turn == 0 && sums_first) {
         if (warp == warps - 1) {
-          const bool sure = warp_surely_accepts(at.stats, filters, draft, given.logsumexp,
-                                                vocab_size, lane);
+          const bool sure =
+              warp_surely_accepts(at.stats, filters, draft, given.logsumexp, vocab_size, lane);
           if (lane == 0) ends = !sure;
         }
         __syncthreads();
@@ -781,8 +781,10 @@ int blocks_per_position(const LogitsParams& a, const Device& device) {
   const bool one = has_one_block_a_multiprocessor(a);
   const int64_t positions = num_target_rows(a.base), at_once = blocks_at_once(a, device);
   const int64_t tiles = num_tiles(a.base.vocab_size) * (num_draft_rows(a) > 0 ? 2 : 1);
+  // A search for top-k alone is short: a larger cluster of it waits more than it saves.
+  const bool only_ranked = a.top_k && !a.top_p && !a.min_p;
   int blocks = 2;
-  if (4 * positions <= (one ? 5 : 18) * device.multiprocessors) blocks = 4;
+  if (4 * positions <= (only_ranked ? 4 : one ? 5 : 18) * device.multiprocessors) blocks = 4;
   if (8 * positions <= at_once * 5 / 4) blocks = kPortableCluster;
   static_assert(kPortableCluster <= kLargestTeam);
   if (!one && positions <= device.large_clusters[kLargestCluster]) blocks = kLargestCluster;

@@ -22,6 +22,17 @@ __device__ __forceinline__ int block_warp() { return static_cast<int>(threadIdx.
 __device__ __forceinline__ int block_warps() { return static_cast<int>(blockDim.x) / kWarp; }
 __device__ __forceinline__ int block_lane() { return static_cast<int>(threadIdx.x) % kWarp; }
 
+// Says that a pointer is one to shared memory, which through a call nothing else tells: by a
+// generic one it takes more instructions, the slower ones of any memory.
+template <typename V>
+__device__ __forceinline__ void assume_shared(const V* pointer) {
+#ifndef FR_EMULATION
+  __builtin_assume(__isShared(pointer));
+#else
+  static_cast<void>(pointer);
+#endif
+}
+
 struct Team {
   int rank, blocks;
   int first;          // its first block in the cluster
@@ -101,12 +112,13 @@ __device__ __forceinline__ float logit_up_to(uint32_t key) {
 // The least float above a logit.
 __device__ __forceinline__ float next_above(float logit) { return logit_of(key_of(logit) + 1); }
 
-// One warp: appends the logits of a tile that are at least lo, and below `above` unless that is NaN,
-// to `pending`, which holds `held`; how many it holds then. A call, as are the steps of the search:
-// they are many, and a warp waits longer for new instructions than for most else.
+// One warp: appends the logits of a tile that are at least lo, and below `above` unless that is
+// NaN, to `pending`, which holds `held`; how many it holds then. A call, as are the steps of the
+// search: they are many, and a warp waits longer for new instructions than for most else.
 template <typename T>
 __device__ __noinline__ int warp_collect(const T* x, int tile, int vocab_size, float lo,
                                          float above, float* pending, int held) {
+  assume_shared(pending);
   const int lane = block_lane();
   RawTile<T> raw;
   load_tile(x, tile, vocab_size, kNegativeInfinityWord<T>, lane, raw);
@@ -168,17 +180,19 @@ struct ThresholdSearch {
   // [lo, hi], lo above -inf: 32 at a time, as they are sparse.
   template <typename F>
   __device__ __forceinline__ void each(float lo, float hi, const F& f) const {
-    const int lane = block_lane(), tiles = num_tiles(vocab_size);
+    const int lane = block_lane(), vocab_size = this->vocab_size, tiles = num_tiles(vocab_size);
     const OwnTiles own(team.rank, team.blocks);
-    float* pending = s.pending[block_warp()];
+    const T* x = this->x;
+    const TileStats* stats = this->stats;
+    float* pending = here().pending[block_warp()];
     int held = 0;
     for (int tile = own.first;; tile += own.step) {
       const bool is_done = tile >= tiles;
       if (!is_done) {
         const float most = stats[tile].largest;
         if (!(most >= lo)) continue;
-        held = warp_collect(x, tile, vocab_size, lo, most > hi ? next_above(hi) : NAN, pending,
-                            held);
+        held =
+            warp_collect(x, tile, vocab_size, lo, most > hi ? next_above(hi) : NAN, pending, held);
       }
       while (held >= kWarp || (is_done && held > 0)) {
         const int first = held > kWarp ? held - kWarp : 0;
@@ -191,9 +205,18 @@ struct ThresholdSearch {
     }
   }
 
+  // The Search, known to be in shared memory. What is reached through `this` is read again after
+  // every store: loops have copies.
+  __device__ __forceinline__ Search& here() const {
+    assume_shared(&s);
+    return s;
+  }
+
   // What the team has in [lo, hi] of the chosen; their logits are listed where there are at most
   // kListed.
   __device__ __noinline__ Finding gather(float lo, float hi, Choice choice) {
+    Search& s = here();
+    const float largest = this->largest, scale = this->scale;
     const int lane = block_lane();
     Search::Told& told = s.told[++exchange & 1];
     if (threadIdx.x == 0) s.mine = {0, 0xFFFFFFFFu, 0};
@@ -249,7 +272,8 @@ struct ThresholdSearch {
   }
 
   // The largest of the listed logits at which the weights reach what is wanted.
-  __device__ __noinline__ bool rank(const Goal& goal, float* logit) const {
+  __device__ __noinline__ bool rank(Goal goal, float* logit) const {
+    Search& s = here();
     constexpr int together = 4;  // threads that compare one logit with all
     const Search::Told& told = s.told[exchange & 1];
     int count = 0;
@@ -293,6 +317,9 @@ struct ThresholdSearch {
   // Sums the team's weights of the logits in [lo, hi] by bin and finds the first bin at which they
   // reach the goal, whose `above` then holds the weight above it; -1 where none does.
   __device__ __noinline__ int find_bin(float lo, float hi, Bins bins, Goal* goal) {
+    Search& s = here();
+    const float largest = this->largest, scale = this->scale, unit = this->unit;
+    const bool by_mass = goal->by_mass;
     const int lane = block_lane();
     Search::Told& told = s.told[++exchange & 1];
     for (int i = static_cast<int>(threadIdx.x); i < kBins; i += blockDim.x) {
@@ -300,7 +327,8 @@ struct ThresholdSearch {
     }
     __syncthreads();
     each(lo, hi, [&](bool is_there, float logit) {
-      const uint64_t weight = is_there ? weight_of(*goal, logit) : 0;
+      if (!is_there) return;
+      const uint64_t weight = by_mass ? mass_of(logit, largest, scale, unit) : 1;
       if (!weight) return;
       const int bin = bins(logit);
       const uint32_t low = static_cast<uint32_t>(weight);
