@@ -282,7 +282,7 @@ MUTANTS = [
     Mutant(
         "logits: a position does not wait for its tiles' statistics",
         POSITIONS,
-        "if (filtered || warp < rows) wait_for_bytes(at.pending);",
+        "if (filtered || warp < rows) wait_for_bytes(at.pending + 6 * turn);",
         "",
     ),
     Mutant(
@@ -372,8 +372,8 @@ MUTANTS = [
     Mutant(
         "statistics: a tile keeps what is below the threshold",
         TILES,
-        "if (kept) {",
-        "if (false) {",
+        "if (kept) w[i] = w[i] >= threshold ? w[i] : kNegativeInfinity;",
+        "",
     ),
     Mutant(
         "baseline: accepts u * q == p",

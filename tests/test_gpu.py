@@ -88,15 +88,28 @@ def test_from_logits_emits_the_cpp_kernels_tokens_bit_for_bit(vocab_size, which,
         assert torch.equal(ours.cpu(), cpp)
 
 
-# Batches from few blocks that all run at once to more than do.
-@pytest.mark.parametrize("which", ["plain", "top-k", "all"])
+# Batches from few blocks that all run at once to more than do; there a draft's row has its turn
+# after the target's where its logsumexp is known.
+@pytest.mark.parametrize("kept", [False, True])
+@pytest.mark.parametrize("which", ["plain", "top-k", "top-p", "min-p", "all"])
 @pytest.mark.parametrize("batch_size, vocab_size", [(1, 128256), (24, 128256), (90, 20000)])
-def test_from_logits_every_way_of_sharing_positions(batch_size, vocab_size, which):
+def test_from_logits_every_way_of_sharing_positions(batch_size, vocab_size, which, kept):
     case = make_logits_case(batch_size, 5, vocab_size, dtype=torch.bfloat16)
     case["draft_logits"][::3] = case["target_logits"][::3, :5]  # accepted to the end
-    for name, values in parameters(which).items():
-        case[name] = values.repeat(-(-batch_size // 4))[:batch_size]
-    expected = from_logits.get("cpp").load("cpu").rejection_sample_from_logits(**case)
+    cpp = from_logits.get("cpp").load("cpu")
+    filters = {
+        name: values.repeat(-(-batch_size // 4))[:batch_size]
+        for name, values in parameters(which).items()
+    }
+    case |= filters
+    if kept:
+        drawn = cpp.sample_from_logits(
+            case["draft_logits"].flatten(0, 1),
+            uniforms=torch.rand(5 * batch_size),
+            **{name: values.repeat_interleave(5) for name, values in filters.items()},
+        )
+        case["draft_logsumexp"] = drawn.logsumexp.view(batch_size, 5)
+    expected = cpp.rejection_sample_from_logits(**case)
     output = (
         from_logits.get("cuda").load("cuda").rejection_sample_from_logits(**to_device(case, "cuda"))
     )
