@@ -282,7 +282,7 @@ MUTANTS = [
     Mutant(
         "logits: a position does not wait for its tiles' statistics",
         POSITIONS,
-        "if (filtered || warp < rows) wait_for_bytes(at.pending + 6 * turn);",
+        "if (filtered || warp < rows) wait_for_bytes(at.pending + At::kStats + turn);",
         "",
     ),
     Mutant(
@@ -312,7 +312,7 @@ MUTANTS = [
     Mutant(
         "logits: half a cluster does not wait for the other half's threshold",
         POSITIONS,
-        "wait_for_bytes(at.pending + 5);",
+        "wait_for_bytes(at.pending + At::kThresholds);",
         "",
     ),
     Mutant(

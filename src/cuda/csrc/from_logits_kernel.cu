@@ -204,8 +204,7 @@ struct PositionSummaries {
 
 // A block's dynamic shared memory, which the cluster's others send into.
 struct PositionShared {
-  uint64_t* pending;  // of statistics, of those of what filters keep, of TileSums (2), of is_over,
-                      // of thresholds, of the statistics of a draft's row that is read in its turn
+  uint64_t* pending;  // as Count numbers them
   uint64_t* barrier;  // of those who search for a threshold together
   float* is_over;     // whether the request has ended before this position
   float* thresholds;  // of the target's row, the draft's
@@ -214,7 +213,10 @@ struct PositionShared {
   Search* search;    // where there are filters
   float* kept;       // the weights of `slots` tiles
 
-  static constexpr int kCounts = 7, kWords = kCounts + 3;
+  // What is still to arrive: statistics of what is read first and of a draft's row that has its
+  // turn after it, those of what filters keep, is_over, thresholds, TileSums' two.
+  enum Count { kStats, kDraftStats, kKeptStats, kIsOver, kThresholds, kTileSums };
+  static constexpr int kCounts = kTileSums + 2, kWords = kCounts + 3;
 
   FR_HOST_DEVICE static constexpr int64_t bytes(int64_t tiles, bool filtered, int slots) {
     const int64_t exchanged = 2 * tiles * static_cast<int64_t>(sizeof(float) + sizeof(TileStats));
@@ -227,7 +229,7 @@ struct PositionShared {
         barrier(shared + kCounts),
         is_over(reinterpret_cast<float*>(shared + kCounts + 1)),
         thresholds(reinterpret_cast<float*>(shared + kCounts + 2)),
-        sums{reinterpret_cast<float*>(shared + kWords), shared + 2},
+        sums{reinterpret_cast<float*>(shared + kWords), shared + kTileSums},
         stats(reinterpret_cast<TileStats*>(sums.sums + 2 * tiles)),
         search(reinterpret_cast<Search*>(stats + 2 * tiles)),
         kept(reinterpret_cast<float*>(search + (filtered ? 1 : 0))) {}
@@ -306,6 +308,7 @@ __global__ void __launch_bounds__(kMaxWarps* kWarp, kResidentPositions<T, filter
     positions_kernel(const LogitsParams a, int blocks, bool early_exit, bool keeps,
                      Findings<T> findings) {
   using Request = LogitsRequest<T, PositionSummaries>;
+  using At = PositionShared;
   __shared__ RowSummary summaries[2], given;
   __shared__ DraftToken draft;
   __shared__ LogitsRow<T> row;
@@ -356,13 +359,13 @@ __global__ void __launch_bounds__(kMaxWarps* kWarp, kResidentPositions<T, filter
   const int team_size = halved ? blocks / 2 : blocks;
   if (threadIdx.x == 0) {
     const int row_bytes = tiles * static_cast<int>(sizeof(TileStats));
-    expect_bytes(at.pending, (in_turns ? 1 : rows) * row_bytes);
+    expect_bytes(at.pending + At::kStats, (in_turns ? 1 : rows) * row_bytes);
     expect_sums(at.sums, tiles);
-    expect_bytes(at.pending + 4, static_cast<int>(sizeof(float)));
+    expect_bytes(at.pending + At::kIsOver, static_cast<int>(sizeof(float)));
     if (filtered) {
-      expect_bytes(at.pending + 1, summed_rows * row_bytes);
-      expect_bytes(at.pending + 6, row_bytes);
-      expect_bytes(at.pending + 5, rows * static_cast<int>(sizeof(float)));
+      expect_bytes(at.pending + At::kKeptStats, summed_rows * row_bytes);
+      expect_bytes(at.pending + At::kDraftStats, row_bytes);
+      expect_bytes(at.pending + At::kThresholds, rows * static_cast<int>(sizeof(float)));
       expect_arrivals(at.barrier, team_size);
     }
   }
@@ -376,9 +379,9 @@ __global__ void __launch_bounds__(kMaxWarps* kWarp, kResidentPositions<T, filter
 
   // Made anew where it is used: kept, it would take registers that the loops want.
   const auto request = [&] { return Request(a, b, {summaries}); };
-  const auto tell = [&](int i, const TileStats& found, int pass) {
+  const auto tell = [&](int i, const TileStats& found, int count) {
     if (lane < blocks) {
-      send_pair_to_block(&at.stats[i].largest, at.pending + pass, lane, found.largest, found.sum);
+      send_pair_to_block(&at.stats[i].largest, at.pending + count, lane, found.largest, found.sum);
     }
   };
   if (warp == warps - 1) {
@@ -400,9 +403,9 @@ __global__ void __launch_bounds__(kMaxWarps* kWarp, kResidentPositions<T, filter
   cluster_wait();
   if (early_exit) {  // one block looks, so that all leave together
     if (rank == 0 && warp == 0 && lane < blocks) {
-      send_to_block(at.is_over, at.pending + 4, lane, is_over);
+      send_to_block(at.is_over, at.pending + At::kIsOver, lane, is_over);
     }
-    wait_for_bytes(at.pending + 4);
+    wait_for_bytes(at.pending + At::kIsOver);
     if (*at.is_over > 0.0f) return;
   }
   // Where all blocks run at once the card has time for rows that only a rejection reads.
@@ -424,10 +427,10 @@ __global__ void __launch_bounds__(kMaxWarps* kWarp, kResidentPositions<T, filter
       RawTile<T> next;
       if (i + step < end) load(i + step, next);
       if (ahead) prefetch_tile(static_cast<const T*>(nullptr), x_q, i, vocab_size, lane);
-      tell(i, warp_tile_stats(raw, scale, kNegativeInfinity, sums_first), 6 * turn);
+      tell(i, warp_tile_stats(raw, scale, kNegativeInfinity, sums_first), At::kStats + turn);
       raw = next;
     }
-    if (filtered || warp < rows) wait_for_bytes(at.pending + 6 * turn);
+    if (filtered || warp < rows) wait_for_bytes(at.pending + At::kStats + turn);
     if constexpr (filtered) {
       if (in_turns && turn == 0 && sums_first) {
         if (warp == warps - 1) {
@@ -448,7 +451,7 @@ __global__ void __launch_bounds__(kMaxWarps* kWarp, kResidentPositions<T, filter
                                            at.stats + row * tiles, vocab_size, &exchange);
         if (halved) {
           if (team.rank == 0 && warp == 0 && lane < blocks) {
-            send_to_block(at.thresholds + row, at.pending + 5, lane, found);
+            send_to_block(at.thresholds + row, at.pending + At::kThresholds, lane, found);
           }
         } else if (row == 0) {
           threshold_p = found;
@@ -457,7 +460,7 @@ __global__ void __launch_bounds__(kMaxWarps* kWarp, kResidentPositions<T, filter
         }
       }
       if (halved) {
-        wait_for_bytes(at.pending + 5);
+        wait_for_bytes(at.pending + At::kThresholds);
         threshold_p = at.thresholds[0];
         threshold_q = at.thresholds[1];
       }
@@ -480,9 +483,9 @@ __global__ void __launch_bounds__(kMaxWarps* kWarp, kResidentPositions<T, filter
                                       scale, threshold, lane);
             }
           }
-          tell(i, found, 1);
+          tell(i, found, At::kKeptStats);
         }
-        if (warp < summed_rows) wait_for_bytes(at.pending + 1);
+        if (warp < summed_rows) wait_for_bytes(at.pending + At::kKeptStats);
       }
     }
     if (turn == 0 && warp < summed_rows) {
