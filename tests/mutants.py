@@ -27,7 +27,8 @@ DIRECT = f"{CSRC}/direct.h"
 KERNELS = f"{CSRC}/warp.cuh"
 TEACHING = f"{CSRC}/fused_rejection_kernel.cu"
 LOGITS = f"{CSRC}/from_logits.h"
-POSITIONS = f"{CSRC}/from_logits_kernel.cu"
+POSITIONS = f"{CSRC}/positions.cuh"
+SHARES = f"{CSRC}/shares.cuh"
 THRESHOLDS = f"{CSRC}/threshold.cuh"
 TILES = f"{CSRC}/tiles.cuh"
 LEFT_BEHIND = (".git", ".venv", "build", "__pycache__", ".hypothesis", ".pytest_cache")
@@ -42,7 +43,7 @@ TESTS = {  # of a file: the test files, and pytest's -k
     TEACHING: (("tests/test_emulated_kernels.py",), "seeds or kernel"),
     KERNELS: (("tests/test_emulated_kernels.py", "tests/test_properties.py"), "kernel"),
     LOGITS: (("tests/test_from_logits.py", "tests/test_logits_distribution.py"), "cpp"),
-    POSITIONS: (("tests/test_emulated_logits.py",), "positions"),
+    **dict.fromkeys((POSITIONS, SHARES), (("tests/test_emulated_logits.py",), "positions")),
     THRESHOLDS: (("tests/test_emulated_logits.py",), "thresholds"),
     TILES: (("tests/test_emulated_logits.py",), "positions or thresholds"),
     "src/baseline/rejection_sampler.py": (
@@ -485,19 +486,19 @@ MUTANTS = [
     ),
     Mutant(
         "logits: the first block that is done with its share decides",
-        POSITIONS,
+        SHARES,
         "if (done != static_cast<unsigned>(wanted)) return false;",
         "if (done != static_cast<unsigned>(count)) return false;",
     ),
     Mutant(
         "logits: a share of tiles that reaches into the draft's row is stored in the target's",
-        POSITIONS,
+        SHARES,
         "i < tiles ? position : num_target_rows(a.base)",
         "i < tiles ? position : 0",
     ),
     Mutant(
         "logits: the launch that draws begins each block's tiles at the row's first",
-        POSITIONS,
+        SHARES,
         "const int block_begin = rank * kDrawingWarps * share, begin",
         "const int block_begin = 0, begin",
     ),

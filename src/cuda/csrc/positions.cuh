@@ -1,0 +1,422 @@
+// Verification from logits in clusters. Every position of every request has a cluster of blocks:
+// they share out the tiles of its target row, and of its draft row where that is needed, tell one
+// another the tiles' statistics, and then each knows whether the request would end here. First
+// positions come first, so that where not all blocks run at once, those behind a known end find it
+// when they start, and leave. Where all do, they draw at once, from rows that they have just read;
+// if a position before it ends the request too, for nothing.
+#pragma once
+
+#include "from_logits.h"
+#include "threshold.cuh"
+#include "tiles.cuh"
+#include "warp.cuh"
+
+namespace fused_rejection {
+namespace {
+
+// One warp: the statistics of what a threshold leaves of a tile. A call, for its registers.
+template <typename T>
+__device__ __noinline__ TileStats warp_kept_stats(const T* x, int tile, int vocab_size, float scale,
+                                                  float threshold, int lane) {
+  return warp_tile_stats(x, tile, vocab_size, scale, threshold, lane);
+}
+
+// What positions leave to the next launch, in global memory; null where K is 0.
+template <typename T>
+struct Findings {
+  uint8_t* verdicts;  // [B][K + 1], kGoesOn or kEnds
+  int32_t* tokens;    // [B][K + 1], drawn where the position would end its request, or, where null:
+  LogitsRow<T>* rows;  // [B][K + 1], what to draw from there
+  TileStats* stats;    // [B][K + 1][tiles] of the target's rows, [B][K][tiles] of the draft's
+  // What warps leave to the last of them.
+  float* sums;        // [B][tiles], of the row drawn from
+  unsigned* arrived;  // [B][K + 1], tiles of a position whose statistics are there; 0 at first
+  unsigned* summed;   // [B], tiles of `sums` that are there; 0 at first
+};
+
+constexpr uint8_t kGoesOn = 0, kEnds = 1;
+
+struct DraftToken {
+  int64_t id;
+  float u;
+  DraftValues values;
+};
+
+// The summaries of one position, of the target's row and the draft's.
+struct PositionSummaries {
+  const RowSummary* rows;
+  const RowSummary* given = nullptr;  // the draft's, where its logsumexp was
+  float threshold = kNegativeInfinity;
+
+  __device__ RowSummary target(int64_t) const { return rows[0]; }
+  __device__ RowSummary draft(int64_t) const {
+    if (!given) return rows[1];
+    RowSummary summary = *given;
+    summary.threshold = threshold;
+    return summary;
+  }
+};
+
+// A block's dynamic shared memory, which the cluster's others send into.
+struct PositionShared {
+  uint64_t* pending;  // as Count numbers them
+  uint64_t* barrier;  // of those who search for a threshold together
+  float* is_over;     // whether the request has ended before this position
+  float* thresholds;  // of the target's row, the draft's
+  TileSums sums;
+  TileStats* stats;  // [2][tiles]: the target's row, the draft's
+  Search* search;    // where there are filters
+  float* kept;       // the weights of `slots` tiles
+
+  // What is still to arrive: statistics of what is read first and of a draft's row that has its
+  // turn after it, those of what filters keep, is_over, thresholds, TileSums' two.
+  enum Count { kStats, kDraftStats, kKeptStats, kIsOver, kThresholds, kTileSums };
+  static constexpr int kCounts = kTileSums + 2, kWords = kCounts + 3;
+
+  FR_HOST_DEVICE static constexpr int64_t bytes(int64_t tiles, bool filtered, int slots) {
+    const int64_t exchanged = 2 * tiles * static_cast<int64_t>(sizeof(float) + sizeof(TileStats));
+    return kWords * static_cast<int64_t>(sizeof(uint64_t)) + exchanged +
+           (filtered ? static_cast<int64_t>(sizeof(Search)) : 0) + kept_bytes(slots);
+  }
+
+  __device__ PositionShared(uint64_t* shared, int tiles, bool filtered)
+      : pending(shared),
+        barrier(shared + kCounts),
+        is_over(reinterpret_cast<float*>(shared + kCounts + 1)),
+        thresholds(reinterpret_cast<float*>(shared + kCounts + 2)),
+        sums{reinterpret_cast<float*>(shared + kWords), shared + kTileSums},
+        stats(reinterpret_cast<TileStats*>(sums.sums + 2 * tiles)),
+        search(reinterpret_cast<Search*>(stats + 2 * tiles)),
+        kept(reinterpret_cast<float*>(search + (filtered ? 1 : 0))) {}
+};
+
+// A position's token goes to the findings, or to the outputs of a request without drafts.
+struct PositionOutput {
+  const Params& a;
+  int32_t* tokens;
+  unsigned b, k;
+
+  __device__ __forceinline__ void store_decision(int) const {}
+  __device__ __forceinline__ void store_token(int id) const {
+    if (tokens) {
+      tokens[static_cast<int64_t>(b) * (a.spec_length + 1) + k] = id;
+    } else if (a.ids_are_int64) {
+      static_cast<int64_t*>(a.token_ids)[b] = id;
+    } else {
+      static_cast<int32_t*>(a.token_ids)[b] = id;
+    }
+  }
+};
+
+// One warp: whether a position before k is known to end the request. Only a hint: what other
+// clusters find is seen late or not at all.
+__device__ __forceinline__ bool warp_is_over(const volatile uint8_t* verdicts, unsigned k,
+                                             unsigned lane) {
+#pragma unroll 1
+  for (unsigned first = 0; first < k; first += kWarp) {
+    const bool ends = first + lane < k && verdicts[first + lane] == kEnds;
+    if (__ballot_sync(kAllLanes, ends)) return true;
+  }
+  return false;
+}
+
+// One warp, which has `draft`: whether a draft is accepted whatever the filters leave out, by more
+// than roundings could change, so that nobody needs to look for what they keep. `stats` are of the
+// target's whole row; top-p and min_p are all the filters.
+__device__ __noinline__ bool warp_surely_accepts(const TileStats* stats, const Filters& filters,
+                                                 const DraftToken& draft, double draft_logsumexp,
+                                                 int vocab_size, int lane) {
+  constexpr float kMargin = 0x1p-10f;
+  const float x_p = finite_logit(draft.values.target), x_q = finite_logit(draft.values.draft);
+  if (draft.id < 0 || draft.id >= vocab_size || !(fminf(x_p, x_q) > kNegativeInfinity)) {
+    return false;
+  }
+  const int tiles = num_tiles(vocab_size);
+  const float scale = filters.scale, largest = warp_largest(stats, tiles, lane);
+  // All of the row that could be above the draft.
+  float above = 0.0f;
+  for (int tile = lane; tile < tiles; tile += kWarp) {
+    if (stats[tile].largest > x_p) above += tile_weight(stats[tile], largest, scale);
+  }
+#pragma unroll
+  for (int d = 1; d < kWarp; d *= 2) above += __shfl_xor_sync(kAllLanes, above, d);
+  const double sum = warp_row_sum(stats, largest, scale, tiles, lane);
+  const bool in_share =
+      filters.top_p >= 1.0f || above < (1.0f - kMargin) * filters.top_p * static_cast<float>(sum);
+  const bool is_near =
+      !(filters.min_p > 0.0f) || keeps_min_p(x_p, largest, scale, filters.min_p * (1.0f + kMargin));
+  // With less of the row kept its probability is larger.
+  const double difference = static_cast<double>(x_q) - x_p;
+  const double least = logsumexp_of(sum, largest, scale) - draft_logsumexp;
+  const double log2_ratio = difference * scale + least * kLog2E;
+  const float ratio = exp2_portable(static_cast<float>(log2_ratio < 126 ? log2_ratio : 126));
+  return in_share && is_near && accepts(draft.u, ratio * (1.0f + kMargin), 1.0f);
+}
+
+// How many blocks a multiprocessor has registers for. The search for thresholds wants many, and so
+// do float32 logits.
+template <typename T, bool filtered>
+constexpr int kResidentPositions = filtered || sizeof(T) == 4 ? 1 : kResidentBlocks;
+
+template <typename T, bool filtered>
+__global__ void __launch_bounds__(kMaxWarps* kWarp, kResidentPositions<T, filtered>)
+    positions_kernel(const LogitsParams a, int blocks, bool early_exit, bool keeps,
+                     Findings<T> findings) {
+  using Request = LogitsRequest<T, PositionSummaries>;
+  using At = PositionShared;
+  __shared__ RowSummary summaries[2], given;
+  __shared__ DraftToken draft;
+  __shared__ LogitsRow<T> row;
+  __shared__ float recovery_uniform;
+  __shared__ bool ends;
+  FR_DYNAMIC_SHARED(uint64_t, shared);
+
+  wait_for_launch_before();
+  const int lane = threadIdx.x % kWarp, warp = threadIdx.x / kWarp, warps = blockDim.x / kWarp;
+  const int rank = static_cast<int>(cluster_rank());
+  // 32 bits hold them, as the grid does, and take half the registers.
+  const unsigned b = cluster_index(), k = grid_row();
+  const unsigned spec_length = static_cast<unsigned>(a.base.spec_length);
+  const int vocab_size = static_cast<int>(a.base.vocab_size), tiles = num_tiles(vocab_size);
+  const int first = rank * warps + warp, step = warps * blocks;
+  const T* x_p = static_cast<const T*>(a.base.target_probs) + b * a.base.target_row_stride +
+                 k * a.base.target_position_stride;
+  const T* x_q = nullptr;
+  const auto load = [&](int i, RawTile<T>& raw) {
+    load_tile(i < tiles ? x_p : x_q, i < tiles ? i : i - tiles, vocab_size,
+              kNegativeInfinityWord<T>, lane, raw);
+  };
+  RawTile<T> raw;
+  if (first < tiles) load(first, raw);
+
+  allow_next_launch();
+  int drafts = static_cast<int>(spec_length);
+  if (a.base.num_draft_tokens)
+    drafts = a.base.num_draft_tokens[b] < drafts ? a.base.num_draft_tokens[b] : drafts;
+  const bool is_last = static_cast<int>(k) >= drafts, greedy = a.is_greedy(b);
+  if (k > 0 && static_cast<int>(k) > drafts) return;
+  if (!is_last && a.base.draft_probs) {
+    x_q = static_cast<const T*>(a.base.draft_probs) + b * a.base.draft_row_stride +
+          k * a.base.draft_position_stride;
+  }
+  const float scale = a.scale(b);
+  const int rows = num_draft_rows(a) > 0 && !greedy && !is_last ? 2 : 1;
+  if (first >= tiles && first < rows * tiles) load(first, raw);
+  const PositionShared at(shared, tiles, filtered);
+  // Where the draft's sum is known and not all blocks run at once the draft's row has its turn
+  // after the target's: most drafts are accepted without it. With top-k, for which a search does
+  // little, two rows at once are no slower; with float32 logits there are no registers for it.
+  const bool in_turns = filtered && sizeof(T) < 4 && early_exit && rows == 2 && a.draft_logsumexp &&
+                        !(a.top_k && a.top_k[b] > 0);
+  const int summed_rows = a.draft_logsumexp ? 1 : rows;  // whose sums are not known before
+  // Half of the cluster searches in each of two rows, where it can be halved.
+  const bool halved = filtered && rows == 2 && !in_turns && blocks % 2 == 0;
+  const int team_size = halved ? blocks / 2 : blocks;
+  if (threadIdx.x == 0) {
+    const int row_bytes = tiles * static_cast<int>(sizeof(TileStats));
+    expect_bytes(at.pending + At::kStats, (in_turns ? 1 : rows) * row_bytes);
+    expect_sums(at.sums, tiles);
+    expect_bytes(at.pending + At::kIsOver, static_cast<int>(sizeof(float)));
+    if (filtered) {
+      expect_bytes(at.pending + At::kKeptStats, summed_rows * row_bytes);
+      expect_bytes(at.pending + At::kDraftStats, row_bytes);
+      expect_bytes(at.pending + At::kThresholds, rows * static_cast<int>(sizeof(float)));
+      expect_arrivals(at.barrier, team_size);
+    }
+  }
+  __syncwarp();
+  cluster_start();
+  float is_over = 0.0f;
+  if (early_exit && rank == 0 && warp == 0) {
+    const int64_t begin = static_cast<int64_t>(b) * (spec_length + 1);
+    is_over = warp_is_over(findings.verdicts + begin, k, lane) ? 1.0f : 0.0f;
+  }
+
+  // Made anew where it is used: kept, it would take registers that the loops want.
+  const auto request = [&] { return Request(a, b, {summaries}); };
+  const auto tell = [&](int i, const TileStats& found, int count) {
+    if (lane < blocks) {
+      send_pair_to_block(&at.stats[i].largest, at.pending + count, lane, found.largest, found.sum);
+    }
+  };
+  if (warp == warps - 1) {
+    const float u = uniform(a.base, b, spec_length);
+    if (lane == 0) {
+      recovery_uniform = u;
+      if (!is_last) {
+        const int64_t id = request().id(k);
+        const float own = uniform(a.base, b, k);  // while the id is on its way
+        draft = {id, own, request().values(k, id)};
+        if (a.draft_logsumexp) {
+          const double sum = a.draft_logsumexp[static_cast<int64_t>(b) * spec_length + k];
+          given = {sum, nullptr, 0.0f, kNegativeInfinity, -1};
+        }
+      }
+    }
+  }
+  __syncwarp();
+  cluster_wait();
+  if (early_exit) {  // one block looks, so that all leave together
+    if (rank == 0 && warp == 0 && lane < blocks) {
+      send_to_block(at.is_over, at.pending + At::kIsOver, lane, is_over);
+    }
+    wait_for_bytes(at.pending + At::kIsOver);
+    if (*at.is_over > 0.0f) return;
+  }
+  // Where all blocks run at once the card has time for rows that only a rejection reads.
+  const bool ahead = !early_exit && rows == 1 && x_q;
+  const Filters filters = filtered ? Filters(a, b) : Filters();
+  const bool sums_first = !greedy && (!filters.any() || filters.want_sums());
+  float threshold_p = kNegativeInfinity, threshold_q = kNegativeInfinity;
+  int exchange = 0;
+  const auto leave_a_verdict = [&] {
+    if (rank == 0 && findings.verdicts) {
+      findings.verdicts[static_cast<int64_t>(b) * (spec_length + 1) + k] = ends ? kEnds : kGoesOn;
+    }
+  };
+#pragma unroll 1
+  for (int turn = 0; turn < (in_turns ? 2 : 1); ++turn) {
+    const int begin = turn * tiles + first, end = (in_turns ? turn + 1 : rows) * tiles;
+    if (filtered && turn > 0 && begin < end) load(begin, raw);
+    for (int i = begin; i < end; i += step) {
+      RawTile<T> next;
+      if (i + step < end) load(i + step, next);
+      if (ahead) prefetch_tile(static_cast<const T*>(nullptr), x_q, i, vocab_size, lane);
+      tell(i, warp_tile_stats(raw, scale, kNegativeInfinity, sums_first), At::kStats + turn);
+      raw = next;
+    }
+    if (filtered || warp < rows) wait_for_bytes(at.pending + At::kStats + turn);
+    if constexpr (filtered) {
+      if (in_turns && turn == 0 && sums_first) {
+        if (warp == warps - 1) {
+          const bool sure =
+              warp_surely_accepts(at.stats, filters, draft, given.logsumexp, vocab_size, lane);
+          if (lane == 0) ends = !sure;
+        }
+        __syncthreads();
+        if (!ends) {
+          if (threadIdx.x == 0) leave_a_verdict();
+          return;
+        }
+      }
+      const Team team{rank % team_size, team_size, rank - rank % team_size, at.barrier};
+      for (int row = halved ? rank / team_size : turn; row * tiles < end;
+           row += halved ? rows : 1) {
+        const float found = find_threshold(*at.search, team, filters, row == 0 ? x_p : x_q,
+                                           at.stats + row * tiles, vocab_size, &exchange);
+        if (halved) {
+          if (team.rank == 0 && warp == 0 && lane < blocks) {
+            send_to_block(at.thresholds + row, at.pending + At::kThresholds, lane, found);
+          }
+        } else if (row == 0) {
+          threshold_p = found;
+        } else {
+          threshold_q = found;
+        }
+      }
+      if (halved) {
+        wait_for_bytes(at.pending + At::kThresholds);
+        threshold_p = at.thresholds[0];
+        threshold_q = at.thresholds[1];
+      }
+      const bool sums_later = !greedy && !sums_first;
+      const auto threshold_of = [&](int i) { return i < tiles ? threshold_p : threshold_q; };
+      const auto changes = [&](float threshold) {
+        return sums_later || threshold > kNegativeInfinity;
+      };
+      if (turn == 0 && (changes(threshold_p) || changes(threshold_q))) {
+        for (int i = first; i < summed_rows * tiles; i += step) {
+          const float threshold = threshold_of(i);
+          TileStats found = at.stats[i];
+          __syncwarp();  // what is sent below overwrites it
+          if (changes(threshold)) {
+            // Where a tile was seen to have nothing to keep, it is not read again.
+            const bool is_kept = found.largest >= threshold;
+            found = {kNegativeInfinity, 0.0f};
+            if (is_kept) {
+              found = warp_kept_stats(i < tiles ? x_p : x_q, i < tiles ? i : i - tiles, vocab_size,
+                                      scale, threshold, lane);
+            }
+          }
+          tell(i, found, At::kKeptStats);
+        }
+        if (warp < summed_rows) wait_for_bytes(at.pending + At::kKeptStats);
+      }
+    }
+    if (turn == 0 && warp < summed_rows) {
+      const RowSummary summary =
+          warp_summarize(warp == 0 ? x_p : x_q, at.stats + warp * tiles, scale,
+                         warp == 0 ? threshold_p : threshold_q, greedy, vocab_size, lane);
+      if (lane == 0) summaries[warp] = summary;
+    }
+    __syncthreads();
+    // Two threads decide, one whether the request ends here, one what it would draw from. In the
+    // first of two turns nothing of the draft is left out: a draft that is accepted then, is.
+    if (threadIdx.x == 0 || threadIdx.x == kWarp) {
+      Request decided = request();
+      decided.summaries.given = a.draft_logsumexp ? &given : nullptr;
+      if (filtered) decided.summaries.threshold = threshold_q;
+      if (threadIdx.x == kWarp) {
+        row = decided.row(k, is_last ? kPlaceholderTokenId : draft.id);
+      } else {
+        ends =
+            is_last || !decided.accepts_values(k, draft.id, draft.values, [&] { return draft.u; });
+        if (!in_turns || turn > 0 || !ends) leave_a_verdict();
+        if (rank == 0 && a.logsumexp) a.logsumexp[b] = summaries[0].logsumexp;
+        if (rank == 0 && spec_length == 0) a.base.num_accepted[b] = 0;
+      }
+    }
+    __syncthreads();
+    if (!ends) return;
+  }
+  if (findings.rows) {
+    if (rank != 0) return;
+    const int64_t position = static_cast<int64_t>(b) * (spec_length + 1) + k;
+    for (int i = threadIdx.x; i < tiles; i += blockDim.x) {
+      findings.stats[position * tiles + i] = at.stats[i];
+    }
+    if (threadIdx.x == 0) {
+      LogitsRow<T> found = row;
+      found.stats = findings.stats + position * tiles;
+      findings.rows[position] = found;
+    }
+    return;
+  }
+  draw_token<Step::kInCluster>(row, vocab_size, recovery_uniform, rank, blocks, at.sums,
+                               PositionOutput{a.base, findings.tokens, b, k},
+                               keeps ? at.kept : nullptr);
+}
+
+// One warp: the first position that ends a request, the end of its drafts at the latest.
+__device__ __forceinline__ int64_t warp_first_end(const uint8_t* verdicts, int64_t drafts,
+                                                  int lane) {
+  for (int64_t first = 0;; first += kWarp) {
+    const int64_t k = first + lane;
+    const unsigned ends = __ballot_sync(kAllLanes, k >= drafts || verdicts[k] == kEnds);
+    if (ends) return first + __ffs(ends) - 1;
+  }
+}
+
+// A warp a request: what it ends with at the first position that does.
+__global__ void __launch_bounds__(kMaxWarps* kWarp)
+    finish_kernel(const LogitsParams a, const uint8_t* verdicts, const int32_t* tokens) {
+  const int lane = threadIdx.x % kWarp, warps = blockDim.x / kWarp;
+  const int64_t b = static_cast<int64_t>(blockIdx.x) * warps + threadIdx.x / kWarp;
+  if (b >= a.base.batch_size) return;
+  // Before positions_kernel lets this one start it has waited for all that is read here.
+  const Request<float> request(a.base, b);
+  const int64_t spec_length = a.base.spec_length, begin = b * (spec_length + 1);
+  const int64_t early = lane < request.drafts ? request.id(lane) : kPlaceholderTokenId;
+  wait_for_launch_before();
+  const int64_t accepted = warp_first_end(verdicts + begin, request.drafts, lane);
+  for (int64_t k = lane; k <= spec_length; k += kWarp) {
+    int64_t id = kPlaceholderTokenId;
+    if (k == accepted) id = tokens[begin + k];
+    if (k < accepted) id = k < kWarp ? early : request.id(k);
+    request.store(k, id);
+  }
+  if (lane == 0) a.base.num_accepted[b] = static_cast<int32_t>(accepted);
+}
+
+}  // namespace
+}  // namespace fused_rejection
