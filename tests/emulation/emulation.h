@@ -3,6 +3,7 @@
 // tests.
 #pragma once
 
+#include <setjmp.h>
 #include <ucontext.h>
 
 #include <algorithm>
@@ -50,7 +51,9 @@ struct Warp {
 };
 
 struct Fiber {
-  ucontext_t context;
+  ucontext_t context;  // to start it; from then on jumps, which make no system call
+  jmp_buf here;
+  bool started = false;
   Dim thread;
   int lane = 0;
   Warp* warp = nullptr;
@@ -73,7 +76,7 @@ struct Block {
   Rendezvous meet;
   std::vector<Fiber> fibers;
   std::vector<Warp> warps;
-  ucontext_t scheduler;
+  jmp_buf scheduler;
   Fiber* current = nullptr;
 };
 
@@ -82,8 +85,17 @@ inline Block& block() { return *current_block; }
 inline Fiber& fiber() { return *block().current; }
 
 inline void yield() {
-  Block& b = block();
-  swapcontext(&b.current->context, &b.scheduler);
+  if (_setjmp(fiber().here) == 0) _longjmp(block().scheduler, 1);
+}
+
+// Runs a fiber until it yields or is done. A frame of its own: a jump back leaves a frame's locals
+// unknown.
+__attribute__((noinline)) inline void resume(Block& b, Fiber* f) {
+  b.current = f;
+  if (_setjmp(b.scheduler) != 0) return;
+  if (f->started) _longjmp(f->here, 1);
+  f->started = true;
+  setcontext(&f->context);
 }
 
 inline void Rendezvous::wait() {
@@ -132,12 +144,13 @@ inline void run_block(Block& b, const std::function<void()>& kernel, unsigned se
     getcontext(&f.context);
     f.context.uc_stack.ss_sp = stacks.back().get();
     f.context.uc_stack.ss_size = stack_bytes;
-    f.context.uc_link = &b.scheduler;
+    f.context.uc_link = nullptr;
     makecontext(
         &f.context,
         +[] {
           (*body)();
           fiber().done = true;
+          _longjmp(block().scheduler, 1);
         },
         0);
   }
@@ -147,10 +160,7 @@ inline void run_block(Block& b, const std::function<void()>& kernel, unsigned se
   const auto deadline = std::chrono::steady_clock::now() + std::chrono::seconds(60);
   while (!order.empty()) {
     std::shuffle(order.begin(), order.end(), shuffle);
-    for (Fiber* f : order) {
-      b.current = f;
-      swapcontext(&b.scheduler, &f->context);
-    }
+    for (Fiber* f : order) resume(b, f);
     order.erase(std::remove_if(order.begin(), order.end(), [](Fiber* f) { return f->done; }),
                 order.end());
     if (b.cluster->failed || std::chrono::steady_clock::now() > deadline) {
