@@ -66,10 +66,50 @@ def test_every_dtype_ragged_given_probabilities_and_given_sums(dtype):
     check({**case, "draft_probs": probs})
 
 
+# With 16-bit logits a draft's row has its turn after the target's.
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
 @pytest.mark.parametrize("vocab_size", [2, 1000, 2504])
 @pytest.mark.parametrize("which", PARAMETERS)
-def test_positions_emit_the_cpp_kernels_tokens_bit_for_bit(which, vocab_size):
-    check_positions_of_every_draft(make_logits_case(4, 4, vocab_size), **parameters(which))
+def test_positions_emit_the_cpp_kernels_tokens_bit_for_bit(which, vocab_size, dtype):
+    case = make_logits_case(4, 4, vocab_size, dtype=dtype)
+    check_positions_of_every_draft(case, **parameters(which))
+
+
+@pytest.mark.parametrize("factor", [0.97, 1.03])
+def test_positions_whose_drafts_are_on_the_edge_of_what_filters_accept(factor):
+    """Uniforms a little below and above p / q, drafts just inside and outside of the share kept:
+    where the sums of whole rows would accept, and where what the filters leave does not."""
+    size, length = 8, 2
+    case = make_logits_case(size, length, 2504, dtype=torch.bfloat16)
+    top_p = torch.tensor([0.3, 0.5, 0.7, 0.9, 0.95, 0.99, 0.999, 1.0])
+    rows = [case["target_logits"][:, :length], case["draft_logits"]]
+    p, q = (from_logits.get("vectorized").load().log_probabilities(x, top_p=top_p) for x in rows)
+    ranked, kept = rows[0].float().argsort(-1, descending=True), (p > -torch.inf).sum(-1)
+    for outside in (0, 1):
+        at = (kept - 1 + outside).clamp(max=2503)
+        ids = ranked.gather(-1, at[..., None])[..., 0]
+        ratio = (p - q).exp().gather(-1, ids[..., None])[..., 0]
+        uniforms = case["uniforms"].clone()
+        uniforms[:, :length] = (factor * ratio.nan_to_num(0.5)).clamp(1e-6, 1 - 2**-24)
+        if outside:
+            uniforms[:, :length] = 1e-6
+        edge = {**case, "draft_token_ids": ids, "uniforms": uniforms, "top_p": top_p}
+        edge["draft_logsumexp"] = kept_logsumexp(case["draft_logits"], top_p)
+        check(edge, [("cluster", blocks, True) for blocks in (1, 2)])
+
+
+def kept_logsumexp(logits, top_p):
+    size, length, vocab_size = logits.shape
+    drawn = (
+        from_logits.get("cpp")
+        .load()
+        .sample_from_logits(
+            logits.view(-1, vocab_size),
+            uniforms=torch.zeros(size * length),
+            top_p=top_p.repeat_interleave(length),
+        )
+    )
+    return drawn.logsumexp.view(size, length)
 
 
 @pytest.mark.parametrize("dtype", emulation.DTYPES, ids=str)
