@@ -283,7 +283,7 @@ MUTANTS = [
     Mutant(
         "logits: a position does not wait for its tiles' statistics",
         POSITIONS,
-        "if (filtered || warp < rows) wait_for_bytes(at.pending + At::kStats + turn);",
+        "if (filtered || warp < rows) wait_for_bytes(at.pending + At::kDraftStats * turn);",
         "",
     ),
     Mutant(

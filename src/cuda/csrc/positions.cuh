@@ -68,10 +68,11 @@ struct PositionShared {
   Search* search;    // where there are filters
   float* kept;       // the weights of `slots` tiles
 
-  // What is still to arrive: statistics of what is read first and of a draft's row that has its
-  // turn after it, those of what filters keep, is_over, thresholds, TileSums' two.
-  enum Count { kStats, kDraftStats, kKeptStats, kIsOver, kThresholds, kTileSums };
-  static constexpr int kCounts = kTileSums + 2, kWords = kCounts + 3;
+  // What is still to arrive: statistics of what is read first, those of what filters keep,
+  // TileSums' two, is_over, thresholds, statistics of a draft's row that has its turn after the
+  // target's.
+  enum Count { kStats, kKeptStats, kTileSums, kIsOver = kTileSums + 2, kThresholds, kDraftStats };
+  static constexpr int kCounts = kDraftStats + 1, kWords = kCounts + 3;
 
   FR_HOST_DEVICE static constexpr int64_t bytes(int64_t tiles, bool filtered, int slots) {
     const int64_t exchanged = 2 * tiles * static_cast<int64_t>(sizeof(float) + sizeof(TileStats));
@@ -282,10 +283,10 @@ __global__ void __launch_bounds__(kMaxWarps* kWarp, kResidentPositions<T, filter
       RawTile<T> next;
       if (i + step < end) load(i + step, next);
       if (ahead) prefetch_tile(static_cast<const T*>(nullptr), x_q, i, vocab_size, lane);
-      tell(i, warp_tile_stats(raw, scale, kNegativeInfinity, sums_first), At::kStats + turn);
+      tell(i, warp_tile_stats(raw, scale, kNegativeInfinity, sums_first), At::kDraftStats * turn);
       raw = next;
     }
-    if (filtered || warp < rows) wait_for_bytes(at.pending + At::kStats + turn);
+    if (filtered || warp < rows) wait_for_bytes(at.pending + At::kDraftStats * turn);
     if constexpr (filtered) {
       if (in_turns && turn == 0 && sums_first) {
         if (warp == warps - 1) {
