@@ -373,8 +373,20 @@ MUTANTS = [
     Mutant(
         "statistics: a tile keeps what is below the threshold",
         TILES,
-        "if (kept) w[i] = w[i] >= threshold ? w[i] : kNegativeInfinity;",
+        "if (!(own_bits >> RawTile<T>::bit(half * kElements + i) & 1)) w[i] = 0.0f;",
         "",
+    ),
+    Mutant(
+        "statistics: what is far below a tile's largest logit is not raised to the floor",
+        TILES,
+        "if (has_floor) raise_to(own, power.floor);",
+        "",
+    ),
+    Mutant(
+        "statistics: the last tile of a lane's span is left out of the row's sum",
+        TILES,
+        "if (i < count) own[i] = stats[lane * length + i];",
+        "if (i < count - 1) own[i] = stats[lane * length + i];",
     ),
     Mutant(
         "baseline: accepts u * q == p",

@@ -43,20 +43,26 @@ LogitsParams params_of(const LogitsArguments& a, const OutputReference& output, 
 
 // ---- CPU
 
-// The kept logits of a tile, -inf for the others and beyond the vocabulary.
+// The statistics of the logits of a tile that are kept. Beyond the vocabulary there are others of
+// -inf.
 template <typename T>
 TileStats tile_stats(const T* x, int tile, int vocab_size, float scale, float threshold) {
   const int begin = tile * kTile, count = std::min(kTile, vocab_size - begin);
-  float w[kTile];
+  float logits[kTile], w[kTile];
+  std::fill(logits + count, logits + kTile, kNegativeInfinity);
   float largest = kNegativeInfinity;
   for (int m = 0; m < count; ++m) {
-    const float logit = finite_logit(static_cast<float>(x[begin + m]));
-    w[m] = logit >= threshold ? logit : kNegativeInfinity;
-    largest = std::max(largest, w[m]);
+    logits[m] = finite_logit(static_cast<float>(x[begin + m]));
+    largest = std::max(largest, logits[m]);
   }
-  if (!(largest > kNegativeInfinity)) return {largest, 0.0f};
-  for (int m = 0; m < count; ++m) w[m] = exp2_portable(octaves_beside(w[m], largest, scale));
-  std::fill(w + count, w + kTile, 0.0f);
+  if (!(largest >= threshold) || !(largest > kNegativeInfinity)) return {kNegativeInfinity, 0.0f};
+  if (PowersBeside::serve(largest, scale)) {
+    const PowersBeside power(largest, scale);
+    for (int m = 0; m < kTile; ++m) w[m] = power(at_least(logits[m], power.floor));
+  } else {
+    for (int m = 0; m < kTile; ++m) w[m] = exp2_portable(octaves_beside(logits[m], largest, scale));
+  }
+  for (int m = 0; m < kTile; ++m) w[m] = logits[m] >= threshold ? w[m] : 0.0f;
   return {largest, tile_sum([&](int m) { return w[m]; })};
 }
 

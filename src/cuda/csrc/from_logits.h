@@ -68,20 +68,23 @@ FR_FUNCTION float times_power(float value, float shifted) {
   return float_from_bits(bits_of(value) + (bits_of(shifted) << 23));
 }
 
-// 2^t for t below 127, within 2e-7 down to t = -126; 0 at -127 and below and for NaN; exactly 1 at
-// 0. The same bits on every machine, which neither libm nor the device's ex2 promises. Polynomial
-// fitted on [-0.5, 0.5].
-FR_FUNCTION float exp2_portable(float t) {
-  t = at_least(t, -127.0f);
-  const float shifted = t + kRoundingShift;
-  const float f = t - (shifted - kRoundingShift);
+// 2^f for f in [-0.5, 0.5], within 2e-7, and exactly 1 at 0. The same bits on every machine, which
+// neither libm nor the device's ex2 promises.
+FR_FUNCTION float exp2_of_fraction(float f) {
   float y = 0x1.5bfc8ep-10f;
   y = fmaf(y, f, 0x1.3cee4cp-7f);
   y = fmaf(y, f, 0x1.c6b62ap-5f);
   y = fmaf(y, f, 0x1.ebf9b2p-3f);
   y = fmaf(y, f, 0x1.62e42cp-1f);
-  y = fmaf(y, f, 1.0f);
-  return times_power(y, shifted);  // at -127 the bits of 1 and of the power cancel
+  return fmaf(y, f, 1.0f);
+}
+
+// 2^t for t below 127, within 2e-7 down to t = -126; 0 at -127 and below and for NaN.
+FR_FUNCTION float exp2_portable(float t) {
+  t = at_least(t, -127.0f);
+  const float shifted = t + kRoundingShift;
+  const float f = t - (shifted - kRoundingShift);
+  return times_power(exp2_of_fraction(f), shifted);  // at -127 the bits of 1 and the power cancel
 }
 
 // 1 - 2^t for t <= 0, without cancellation near 0; 1 for NaN. 2^t is 2^n * (1 + f * y(f)), with
@@ -146,6 +149,33 @@ FR_FUNCTION double anchor_of(float largest, float scale) {
   return is_wide(product) ? static_cast<double>(largest) * scale : whole(product);
 }
 
+// 2^octaves_beside(x, largest, scale) in fewer instructions, for a sum that `largest` is part of:
+// the product is rounded to whole octaves as it is made, and what that leaves of it has one
+// rounding.
+struct PowersBeside {
+  float scale, shift;  // kRoundingShift less the anchor
+  float floor;         // a bfloat16 far below the largest, for all that is less, and for NaN
+
+  // Not where a bfloat16's next neighbours are whole tens of octaves apart.
+  static FR_FUNCTION bool serve(float largest, float scale) {
+    return fabsf(largest * scale) < 0x1p12f;
+  }
+
+  FR_FUNCTION PowersBeside(float largest, float scale)
+      : scale(scale), shift(kRoundingShift - whole(largest * scale)) {
+    const float reciprocal =
+        float_from_bits((254 - (bits_of(scale) >> 23)) << 23);  // or up to twice
+    const uint32_t bits = bits_of(largest - 60.0f * reciprocal);
+    floor = float_from_bits((bits >> 31 ? bits : bits + 0xFFFFu) & 0xFFFF0000u);  // rounded up
+  }
+
+  // Of an x from `floor` on.
+  FR_FUNCTION float operator()(float x) const {
+    const float shifted = fmaf(x, scale, shift);
+    return times_power(exp2_of_fraction(fmaf(x, scale, shift - shifted)), shifted);
+  }
+};
+
 // How a row of logits becomes probabilities: p_i = 2^(x_i * scale - reference - remainder) where
 // x_i >= threshold, else 0. Where the reference would be wide it is in units of logits, and
 // p_i = 2^((x_i - reference) * scale - remainder).
@@ -164,7 +194,7 @@ struct Softmax {
   FR_FUNCTION float octaves(float x) const {
     return (wide ? (x - reference) * scale : fmaf(x, scale, -reference)) - remainder;
   }
-  FR_FUNCTION float plain_octaves(float x) const { return fmaf(x, scale, -reference) - remainder; }
+  FR_FUNCTION float plain_octaves(float x) const { return fmaf(x, scale, -reference); }
 
   FR_FUNCTION float operator()(float logit) const {
     const float x = finite_logit(logit);
@@ -192,7 +222,7 @@ FR_FUNCTION Softmax softmax_of(double logsumexp, float scale, float threshold) {
 }
 
 // The largest kept logit of a tile and the sum of 2^octaves_beside(x, largest) over it.
-struct TileStats {
+struct alignas(8) TileStats {
   float largest;
   float sum;
 };
@@ -433,6 +463,8 @@ struct LogitsRequest : Request<T> {
       const double shift = (target.logsumexp - draft.logsumexp) * kLog2E;
       row.shift = static_cast<float>(shift);
       row.shift_rest = static_cast<float>(shift - row.shift);
+      // A residual of token verification is drawn from, so that a factor does not matter.
+      if (!this->params->block_verification) row.softmax.remainder = 0.0f;
     } else if (!row.q) {
       const bool outside = !this->in_vocab(id);
       // Block verification compares the residual's sum with 1: its p has to be normalized.

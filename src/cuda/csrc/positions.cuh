@@ -265,7 +265,7 @@ __global__ void __launch_bounds__(kMaxWarps* kWarp, kResidentPositions<T, filter
     if (*at.is_over > 0.0f) return;
   }
   // Where all blocks run at once the card has time for rows that only a rejection reads.
-  const bool ahead = !early_exit && rows == 1 && x_q;
+  const bool ahead = !filtered && !early_exit && rows == 1 && x_q;
   const Filters filters = filtered ? Filters(a, b) : Filters();
   const bool sums_first = !greedy && (!filters.any() || filters.want_sums());
   float threshold_p = kNegativeInfinity, threshold_q = kNegativeInfinity;
@@ -280,11 +280,19 @@ __global__ void __launch_bounds__(kMaxWarps* kWarp, kResidentPositions<T, filter
     const int begin = turn * tiles + first, end = (in_turns ? turn + 1 : rows) * tiles;
     if (filtered && turn > 0 && begin < end) load(begin, raw);
     for (int i = begin; i < end; i += step) {
-      RawTile<T> next;
-      if (i + step < end) load(i + step, next);
       if (ahead) prefetch_tile(static_cast<const T*>(nullptr), x_q, i, vocab_size, lane);
-      tell(i, warp_tile_stats(raw, scale, kNegativeInfinity, sums_first), At::kDraftStats * turn);
-      raw = next;
+      // The next tile's load comes first where there are registers for it, else when this tile
+      // wants fewer of them.
+      RawTile<T> next;
+      const auto load_next = [&](RawTile<T>& to) {
+        if (i + step < end) load(i + step, to);
+      };
+      if (filtered) load_next(next);
+      const TileStats found = warp_tile_stats(raw, scale, kNegativeInfinity, sums_first, [&] {
+        if (!filtered) load_next(raw);
+      });
+      if (filtered) raw = next;
+      tell(i, found, At::kDraftStats * turn);
     }
     if (filtered || warp < rows) wait_for_bytes(at.pending + At::kDraftStats * turn);
     if constexpr (filtered) {

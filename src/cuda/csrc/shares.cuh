@@ -101,7 +101,7 @@ __global__ void __launch_bounds__(kDecidingWarps* kWarp, 4)
   for (int i = begin; i < end; ++i) {
     RawTile<T> next;
     if (i + 1 < end) load(i + 1, next);
-    const TileStats found = warp_tile_stats(raw, scale, kNegativeInfinity, !greedy);
+    const TileStats found = warp_tile_stats(raw, scale, kNegativeInfinity, !greedy, [] {});
     if (lane == i - begin) own = found;
     raw = next;
   }

@@ -97,25 +97,28 @@ __device__ __forceinline__ float warp_max(float value) {
   return float_from_bits(static_cast<uint32_t>(most ^ (most >> 31 & 0x7FFFFFFF)));
 }
 
-// One warp: the statistics of a tile's logits that are kept, in every lane. The sum, unless
-// `is_summed`, is left at 0.
+// One lane: at least `floor`, a bfloat16, in place of what is less and of NaN.
 template <typename T>
-__device__ __forceinline__ TileStats warp_tile_stats(RawTile<T> raw, float scale, float threshold,
-                                                     bool is_summed) {
-  // What is below the threshold matters only where nothing reaches it.
-  float largest = warp_max(largest_of(raw));
-  if (!(largest >= threshold) || !(largest > kNegativeInfinity)) return {kNegativeInfinity, 0.0f};
-  if (largest > kLargestFloat) largest = kLargestFloat;
-  if (!is_summed) return {largest, 0.0f};
-  const float product = largest * scale, anchor = whole(product);
-  const bool wide = is_wide(product), kept = threshold > kNegativeInfinity;
-  // Where a threshold leaves little, the warp has nothing in most places.
-  const uint32_t kept_bits =
-      kept ? __reduce_or_sync(kAllLanes, bits_at_least(raw, threshold)) : 0xFFFFFFFFu;
+__device__ __forceinline__ void raise_to(RawTile<T>& raw, float floor) {
+  uint32_t word = bits_of(floor);
+  if (sizeof(T) < 4) word |= word >> 16;
+#pragma unroll
+  for (Words& words : raw.words) {
+#pragma unroll
+    for (uint32_t& own : words.word) own = max_of<T>(own, word);
+  }
+}
+
+// One warp: the sum of power(x) over a tile, of those of each lane that have a bit, in every lane.
+// `all_bits`: those that any lane has; where a threshold leaves little, the warp has nothing in
+// most places.
+template <typename T, typename Power>
+__device__ __forceinline__ float warp_sum_of(RawTile<T> raw, uint32_t own_bits, uint32_t all_bits,
+                                             const Power& power) {
+  constexpr int kPairs = RawTile<T>::kPairs, kElements = RawTile<T>::kElements;
   float first = 0.0f, second = 0.0f;
 #pragma unroll
   for (int half = 0; half < 2; ++half) {
-    constexpr int kPairs = RawTile<T>::kPairs, kElements = RawTile<T>::kElements;
     float w[kElements] = {};
 #pragma unroll
     for (int begin = 0; begin < kElements; begin += kPairs) {
@@ -124,29 +127,61 @@ __device__ __forceinline__ TileStats warp_tile_stats(RawTile<T> raw, float scale
       for (int i = begin; i < begin + kPairs; ++i) {
         places |= 1u << RawTile<T>::bit(half * kElements + i);
       }
-      if (!(kept_bits & places)) continue;
+      if (!(all_bits & places)) continue;
+#pragma unroll
+      for (int i = begin; i < begin + kPairs; ++i) w[i] = power(raw.at(i));
 #pragma unroll
       for (int i = begin; i < begin + kPairs; ++i) {
-        w[i] = raw.at(i);
-        if (kept) w[i] = w[i] >= threshold ? w[i] : kNegativeInfinity;
+        if (!(own_bits >> RawTile<T>::bit(half * kElements + i) & 1)) w[i] = 0.0f;
       }
-      if (wide) {
-#pragma unroll
-        for (int i = begin; i < begin + kPairs; ++i) {
-          w[i] = (finite_logit(w[i]) - largest) * scale;
-        }
-      } else {
-#pragma unroll
-        for (int i = begin; i < begin + kPairs; ++i) w[i] = fmaf(w[i], scale, -anchor);
-      }
-#pragma unroll
-      for (int i = begin; i < begin + kPairs; ++i) w[i] = exp2_portable(w[i]);  // 0 for a NaN
     }
     first = second;
     second = half_sum(w);
     raw.next_half();
   }
-  return {largest, warp_sum<T>(first, second)};
+  return warp_sum<T>(first, second);
+}
+
+// The same sum where the largest logit is too far from 0 for PowersBeside, or infinite: rare.
+template <typename T>
+__device__ __noinline__ float warp_sum_of_far(RawTile<T> raw, uint32_t own_bits, uint32_t all_bits,
+                                              float largest, float scale) {
+  return warp_sum_of(raw, own_bits, all_bits, [&](float x) {
+    return exp2_portable(octaves_beside(finite_logit(x), largest, scale));
+  });
+}
+
+// One warp: the statistics of a tile's logits that are kept, in every lane. The sum, unless
+// `is_summed`, is left at 0. `load_next` may load into `raw`: it is called once that is not needed
+// any more.
+template <typename T, typename LoadNext>
+__device__ __forceinline__ TileStats warp_tile_stats(RawTile<T>& raw, float scale, float threshold,
+                                                     bool is_summed, const LoadNext& load_next) {
+  float largest = warp_max(largest_of(raw));
+  // What is below the threshold matters only where nothing reaches it.
+  const bool is_kept = largest >= threshold && largest > kNegativeInfinity;
+  if (largest > kLargestFloat) largest = kLargestFloat;
+  uint32_t own_bits = 0xFFFFFFFFu, all_bits = 0xFFFFFFFFu;
+  if (threshold > kNegativeInfinity) {
+    own_bits = bits_at_least(raw, threshold);
+    all_bits = __reduce_or_sync(kAllLanes, own_bits);
+  }
+  bool sums = is_kept && is_summed;
+  float sum = 0.0f;
+  if (sums && !PowersBeside::serve(largest, scale)) {
+    sum = warp_sum_of_far(raw, own_bits, all_bits, largest, scale);
+    sums = false;
+  }
+  const PowersBeside power(largest, scale);
+  constexpr bool has_floor = !std::is_same_v<T, Float16>;  // float16 has no numbers so low
+  RawTile<T> own = raw;
+  if (has_floor) raise_to(own, power.floor);
+  load_next();
+  if (sums) {
+    sum = warp_sum_of(own, own_bits, all_bits,
+                      [&](float x) { return power(has_floor ? x : at_least(x, power.floor)); });
+  }
+  return {is_kept ? largest : kNegativeInfinity, sum};
 }
 
 template <typename T>
@@ -154,7 +189,7 @@ __device__ __forceinline__ TileStats warp_tile_stats(const T* x, int tile, int v
                                                      float scale, float threshold, int lane) {
   RawTile<T> raw;
   load_tile(x, tile, vocab_size, kNegativeInfinityWord<T>, lane, raw);
-  return warp_tile_stats(raw, scale, threshold, true);
+  return warp_tile_stats(raw, scale, threshold, true, [] {});
 }
 
 // One warp: the largest logit of a row.
@@ -212,11 +247,38 @@ __device__ int warp_argmax(const T* x, const TileStats* stats, float largest, in
   }
 }
 
+// One warp: the sum of a row's weights beside its largest logit, and that, of a row of few tiles:
+// each is read once, for both.
+__device__ __forceinline__ double warp_short_row_sum(const TileStats* stats, float scale, int tiles,
+                                                     int lane, float* largest) {
+  const int length = (tiles + kSpans - 1) / kSpans, left = tiles - lane * length;
+  const int count = left < length ? left : length;
+  TileStats own[kGroup];
+  float most = kNegativeInfinity;
+#pragma unroll
+  for (int i = 0; i < kGroup; ++i) {
+    own[i] = {kNegativeInfinity, 0.0f};
+    if (i < count) own[i] = stats[lane * length + i];
+  }
+#pragma unroll
+  for (int i = 0; i < kGroup; ++i) most = fmaxf(most, own[i].largest);
+  *largest = warp_max(most);
+  float w[kGroup];
+#pragma unroll
+  for (int i = 0; i < kGroup; ++i) w[i] = tile_weight(own[i], *largest, scale);
+  return __shfl_sync(kAllLanes, warp_scan(group_sum<double>(w), lane), kSpans - 1);
+}
+
 // One warp: a row's summary, in every lane.
 template <typename T>
 __device__ RowSummary warp_summarize(const T* x, const TileStats* stats, float scale,
                                      float threshold, bool greedy, int vocab_size, int lane) {
   const int tiles = num_tiles(vocab_size);
+  if (!greedy && tiles <= kSpans * kGroup) {
+    float largest;
+    const double sum = warp_short_row_sum(stats, scale, tiles, lane, &largest);
+    return {logsumexp_of(sum, largest, scale), stats, largest, threshold, -1};
+  }
   const float largest = warp_largest(stats, tiles, lane);
   if (greedy) {
     const int argmax = warp_argmax(x, stats, largest, vocab_size, lane);

@@ -348,7 +348,13 @@ __device__ __forceinline__ void load_tile(const T* x, int tile, int vocab_size, 
                                           int lane, RawTile<T>& raw) {
   constexpr int step = kWarp * kVector<T>;
   const int begin = tile * kTile + lane * kVector<T>, left = vocab_size - begin;
-  if (by_vectors<T>(x, nullptr, vocab_size)) {
+  const bool vectors = by_vectors<T>(x, nullptr, vocab_size);
+  if (vectors && (tile + 1) * kTile <= vocab_size) {
+#pragma unroll
+    for (int j = 0; j < kVectors<T>; ++j) {
+      raw.words[j] = read_argument(reinterpret_cast<const Words*>(x + begin + j * step));
+    }
+  } else if (vectors) {
 #pragma unroll
     for (int j = 0; j < kVectors<T>; ++j) {
 #pragma unroll
