@@ -156,15 +156,16 @@ struct PowersBeside {
   float scale, shift;  // kRoundingShift less the anchor
   float floor;         // a bfloat16 far below the largest, for all that is less, and for NaN
 
-  // Not where a bfloat16's next neighbours are whole tens of octaves apart.
+  // Where a bfloat16 is at most 32 octaves from the next, so that what is raised to the floor adds
+  // at most 1.5e-6 to a tile's sum.
   static FR_FUNCTION bool serve(float largest, float scale) {
     return fabsf(largest * scale) < 0x1p12f;
   }
 
   FR_FUNCTION PowersBeside(float largest, float scale)
       : scale(scale), shift(kRoundingShift - whole(largest * scale)) {
-    const float reciprocal =
-        float_from_bits((254 - (bits_of(scale) >> 23)) << 23);  // or up to twice
+    // A power of two, from 1 / scale on and below twice that: 60 to 120 octaves below the largest.
+    const float reciprocal = float_from_bits((254 - (bits_of(scale) >> 23)) << 23);
     const uint32_t bits = bits_of(largest - 60.0f * reciprocal);
     floor = float_from_bits((bits >> 31 ? bits : bits + 0xFFFFu) & 0xFFFF0000u);  // rounded up
   }
@@ -194,6 +195,7 @@ struct Softmax {
   FR_FUNCTION float octaves(float x) const {
     return (wide ? (x - reference) * scale : fmaf(x, scale, -reference)) - remainder;
   }
+  // Where is_plain() and the remainder is 0, as in a residual that is drawn from.
   FR_FUNCTION float plain_octaves(float x) const { return fmaf(x, scale, -reference); }
 
   FR_FUNCTION float operator()(float logit) const {
