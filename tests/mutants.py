@@ -503,10 +503,28 @@ MUTANTS = [
         "if (done != static_cast<unsigned>(count)) return false;",
     ),
     Mutant(
-        "logits: a share of tiles that reaches into the draft's row is stored in the target's",
+        "logits: statistics of a draft's row are stored in the target's",
         SHARES,
-        "i < tiles ? position : num_target_rows(a.base)",
-        "i < tiles ? position : 0",
+        "findings.stats[(is_draft ? draft_row : position) * tiles + begin + lane] = own;",
+        "findings.stats[position * tiles + begin + lane] = own;",
+    ),
+    Mutant(
+        "logits: a draft's row is taken for the target's where a block begins in it",
+        SHARES,
+        "const bool is_draft = static_cast<int>(blockIdx.x) >= blocks;",
+        "const bool is_draft = static_cast<int>(blockIdx.x) > blocks;",
+    ),
+    Mutant(
+        "logits: a position that does not end its request leaves no sign of that",
+        POSITIONS,
+        "if (findings.tokens && !ends) findings.tokens[position] = kPlaceholderTokenId;",
+        "",
+    ),
+    Mutant(
+        "logits: of more drafts than a warp has lanes the first end of every 32 counts",
+        POSITIONS,
+        "const int64_t end = has_ended ? -1 : ends",
+        "const int64_t end = ends",
     ),
     Mutant(
         "logits: the launch that draws begins each block's tiles at the row's first",

@@ -75,6 +75,13 @@ def test_positions_emit_the_cpp_kernels_tokens_bit_for_bit(which, vocab_size, dt
     check_positions_of_every_draft(case, **parameters(which))
 
 
+def test_positions_of_more_drafts_than_a_warp_has_lanes():
+    case = make_logits_case(4, 70, 7)
+    for b, equal in enumerate((0, 20, 50, 70)):  # drafts that are accepted whatever is drawn
+        case["draft_logits"][b, :equal] = case["target_logits"][b, :equal]
+    check_positions(case)
+
+
 @pytest.mark.parametrize("factor", [0.97, 1.03])
 def test_positions_whose_drafts_are_on_the_edge_of_what_filters_accept(factor):
     """Uniforms a little below and above p / q, drafts just inside and outside of the share kept:

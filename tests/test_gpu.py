@@ -88,13 +88,23 @@ def test_from_logits_emits_the_cpp_kernels_tokens_bit_for_bit(vocab_size, which,
         assert torch.equal(ours.cpu(), cpp)
 
 
-# Batches from few blocks that all run at once to more than do; there a draft's row has its turn
-# after the target's where its logsumexp is known.
+# Batches from few blocks that all run at once to more than do, and to more than a grid's second
+# dimension has; where not all run at once a draft's row has its turn after the target's if its
+# logsumexp is known.
 @pytest.mark.parametrize("kept", [False, True])
 @pytest.mark.parametrize("which", ["plain", "top-k", "top-p", "min-p", "all"])
-@pytest.mark.parametrize("batch_size, vocab_size", [(1, 128256), (24, 128256), (90, 20000)])
-def test_from_logits_every_way_of_sharing_positions(batch_size, vocab_size, which, kept):
-    case = make_logits_case(batch_size, 5, vocab_size, dtype=torch.bfloat16)
+@pytest.mark.parametrize(
+    "batch_size, vocab_size, dtype",
+    [
+        (1, 128256, torch.bfloat16),
+        (24, 128256, torch.bfloat16),
+        (90, 20000, torch.bfloat16),
+        (90, 20000, torch.float32),
+        (70_000, 5, torch.bfloat16),
+    ],
+)
+def test_from_logits_every_way_of_sharing_positions(batch_size, vocab_size, dtype, which, kept):
+    case = make_logits_case(batch_size, 5, vocab_size, dtype=dtype)
     case["draft_logits"][::3] = case["target_logits"][::3, :5]  # accepted to the end
     cpp = from_logits.get("cpp").load("cpu")
     filters = {

@@ -101,18 +101,18 @@ void run_logits(const LogitsParams& a, int kernel, int n, bool early_exit, unsig
   const int tiles = num_tiles(a.base.vocab_size), warps = std::clamp(tiles, 2, kMaxWarps);
   const int threads = warps * kWarp;
   const bool block = a.base.block_verification;
-  if (kernel == 1 && !block) {  // as launch_from_logits chooses
-    std::vector<int32_t> tokens(targets, -77);
+  if (kernel == 1 && !block) {                // as launch_from_logits chooses
+    std::vector<int32_t> tokens(targets, 0);  // a token, where nothing is left
     std::vector<LogitsRow<T>> drawn_from(targets);
     std::vector<TileStats> kept_stats(rows * tiles, TileStats{NAN, NAN});
-    std::vector<uint8_t> verdicts(targets, early_exit ? kGoesOn : 0xFF);
+    std::vector<uint8_t> verdicts(targets, kGoesOn);
     std::vector<float> sums(batch_size * tiles, NAN);
     std::vector<unsigned> arrived(targets), summed(batch_size);
     const bool keeps = seed % 2 == 0;
     Findings<T> findings = {};
     if (a.base.spec_length > 0) {
-      findings.verdicts = verdicts.data();
       if (early_exit) {
+        findings.verdicts = verdicts.data();
         findings.rows = drawn_from.data();
         findings.stats = kept_stats.data();
         findings.sums = sums.data();
@@ -134,10 +134,10 @@ void run_logits(const LogitsParams& a, int kernel, int n, bool early_exit, unsig
       return (count + share_warps * n - 1) / (share_warps * n);
     };
     if (early_exit && n != 2 && !a.filters() && a.base.spec_length > 0) {
-      const int shares = blocks_of(tiles * (num_draft_rows(a) > 0 ? 2 : 1), kDecidingWarps);
+      const int shares = blocks_of(tiles, kDecidingWarps), kinds = num_draft_rows(a) > 0 ? 2 : 1;
       const auto body = [&] { decide_kernel<T>(a, shares, n, findings); };
-      emulation::launch(static_cast<int>(batch_size) * shares, kDecidingWarps * kWarp, 1, 0, body,
-                        seed, positions);
+      emulation::launch(kinds * shares, kDecidingWarps * kWarp, 1, 0, body, seed,
+                        static_cast<int>(batch_size), positions);
     } else {
       emulation::launch(static_cast<int>(batch_size) * n, threads, n, shared, decide, seed,
                         positions);
@@ -151,7 +151,7 @@ void run_logits(const LogitsParams& a, int kernel, int n, bool early_exit, unsig
       return;
     }
     const int blocks = static_cast<int>(batch_size + 1) / 2;
-    const auto finish = [&] { finish_kernel(a, verdicts.data(), tokens.data()); };
+    const auto finish = [&] { finish_kernel(a, tokens.data()); };
     emulation::launch(blocks, 2 * kWarp, 1, 0, finish, seed);
     return;
   }

@@ -36,7 +36,7 @@
 namespace emulation {
 
 struct Dim {
-  unsigned x = 1, y = 1;
+  unsigned x = 1, y = 1, z = 1;
 };
 
 struct Rendezvous {
@@ -174,8 +174,9 @@ inline void run_block(Block& b, const std::function<void()>& kernel, unsigned se
 // Runs `kernel` in every thread of a grid of `rows` times `blocks` blocks, in clusters, one cluster
 // after the other. `shared_floats` of dynamic shared memory a block start as NaN.
 inline void launch(int blocks, int threads, int cluster_size, size_t shared_floats,
-                   const std::function<void()>& kernel, unsigned seed, int rows = 1) {
-  for (int first = 0; first < rows * blocks; first += cluster_size) {
+                   const std::function<void()>& kernel, unsigned seed, int rows = 1,
+                   int layers = 1) {
+  for (int first = 0; first < layers * rows * blocks; first += cluster_size) {
     Cluster cluster;
     cluster.threads = threads * cluster_size;
     cluster.shared.assign(
@@ -185,14 +186,17 @@ inline void launch(int blocks, int threads, int cluster_size, size_t shared_floa
     for (int rank = 0; rank < cluster_size; ++rank) {
       Block& b = running[rank];
       b.index.x = static_cast<unsigned>((first + rank) % blocks);
-      b.index.y = static_cast<unsigned>((first + rank) / blocks);
+      b.index.y = static_cast<unsigned>((first + rank) / blocks % rows);
+      b.index.z = static_cast<unsigned>((first + rank) / blocks / rows);
       b.size.x = static_cast<unsigned>(threads);
       b.grid.x = static_cast<unsigned>(blocks);
       b.grid.y = static_cast<unsigned>(rows);
+      b.grid.z = static_cast<unsigned>(layers);
       b.rank = rank;
       b.cluster = &cluster;
-      workers.emplace_back(
-          [&b, &kernel, seed] { run_block(b, kernel, seed + b.index.x + 977 * b.index.y); });
+      workers.emplace_back([&b, &kernel, seed] {
+        run_block(b, kernel, seed + b.index.x + 977 * b.index.y + 7919 * b.index.z);
+      });
     }
     for (std::thread& worker : workers) worker.join();
     if (cluster.failed) throw std::runtime_error("the emulated kernel does not end");

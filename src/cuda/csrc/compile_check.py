@@ -32,7 +32,13 @@ FAST = (
     "advance_kernel",
 )
 IN_CLUSTERS = ("positions_kernel",)  # launched from sm_90 on
-OTHERS = ("thread_per_row_kernel", "threshold_kernel", "finish_kernel", "floor_kernel")
+OTHERS = (
+    "thread_per_row_kernel",
+    "threshold_kernel",
+    "clear_kernel",
+    "finish_kernel",
+    "floor_kernel",
+)
 KERNEL = re.compile(rf"\d({'|'.join((*FAST, *OTHERS))})[IE]")  # in a mangled name
 STEPS = {"0": "in cluster", "1": "alone", "2": "sum", "3": "select"}
 DTYPES = {"f": "float32", "8BFloat16": "bfloat16", "7Float16": "float16"}

@@ -156,10 +156,10 @@ struct PowersBeside {
   float scale, shift;  // kRoundingShift less the anchor
   float floor;         // a bfloat16 far below the largest, for all that is less, and for NaN
 
-  // Where a bfloat16 is at most 32 octaves from the next, so that what is raised to the floor adds
-  // at most 1.5e-6 to a tile's sum.
+  // Where a bfloat16 is at most 16 octaves from the next, so that what is raised to the floor adds
+  // at most 2.3e-11 to a tile's sum.
   static FR_FUNCTION bool serve(float largest, float scale) {
-    return fabsf(largest * scale) < 0x1p12f;
+    return fabsf(largest * scale) < 0x1p11f;
   }
 
   FR_FUNCTION PowersBeside(float largest, float scale)
@@ -378,11 +378,12 @@ struct LogitsRequest : Request<T> {
   bool greedy;
 
   FR_FUNCTION LogitsRequest(const LogitsParams& a, int64_t b, const Summaries& known)
-      : Request<T>(a.base, b),
-        logits(&a),
-        summaries(known),
-        scale(a.scale(b)),
-        greedy(a.is_greedy(b)) {}
+      : LogitsRequest(a, b, known, a.scale(b), a.is_greedy(b)) {}
+
+  // The same where the request's scale and whether it is greedy are known: a scale is a division.
+  FR_FUNCTION LogitsRequest(const LogitsParams& a, int64_t b, const Summaries& known, float scale,
+                            bool greedy)
+      : Request<T>(a.base, b), logits(&a), summaries(known), scale(scale), greedy(greedy) {}
 
   FR_FUNCTION Softmax softmax(const RowSummary& summary) const {
     return softmax_of(summary.logsumexp, scale, summary.threshold);

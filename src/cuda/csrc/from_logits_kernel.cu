@@ -84,6 +84,15 @@ __global__ void __launch_bounds__(kMaxWarps* kWarp)
   if (threadIdx.x == 0) thresholds[row] = threshold;
 }
 
+// The counters and verdicts that begin as zeros. Not a memset, for which the launches before and
+// after it would wait.
+__global__ void clear_kernel(unsigned* words, int64_t count) {
+  allow_next_launch();
+  wait_for_launch_before();
+  const int64_t i = static_cast<int64_t>(blockIdx.x) * blockDim.x + threadIdx.x;
+  if (i < count) words[i] = 0;
+}
+
 // ---- Verification
 
 // The summaries of a request's rows: K + 1 of the target, then K of the draft.
@@ -214,7 +223,7 @@ int blocks_of_shares(int tiles, int of_block) { return (tiles + of_block - 1) / 
 struct Workspace {
   int64_t stats_bytes = 0, thresholds_bytes = 0, sums_bytes = 0;
   int64_t rows_bytes = 0, tokens_bytes = 0;
-  int64_t counters_bytes = 0, verdicts_bytes = 0;  // these two begin as zeros, in early exit
+  int64_t counters_bytes = 0, verdicts_bytes = 0;  // these two begin as zeros
 
   Workspace(const LogitsParams& a, const LogitsPlan& plan) {
     const int64_t targets = num_target_rows(a.base), rows = targets + num_draft_rows(a);
@@ -222,7 +231,6 @@ struct Workspace {
     const int64_t sums = a.base.batch_size * tiles * static_cast<int64_t>(sizeof(float));
     if (plan.blocks_per_position > 0) {
       if (a.base.spec_length == 0) return;  // the token goes to the outputs
-      verdicts_bytes = targets;
       if (!plan.early_exit) {
         tokens_bytes = targets * static_cast<int64_t>(sizeof(int32_t));
         return;
@@ -231,6 +239,7 @@ struct Workspace {
       rows_bytes = targets * static_cast<int64_t>(sizeof(LogitsRow<float>));
       sums_bytes = sums;
       counters_bytes = (targets + a.base.batch_size) * static_cast<int64_t>(sizeof(unsigned));
+      verdicts_bytes = (targets + 3) / 4 * 4;
       return;
     }
     stats_bytes = rows * row_bytes;
@@ -280,14 +289,16 @@ struct LaunchLogits {
         findings.sums = reinterpret_cast<float*>(at += sizes.rows_bytes);
         findings.arrived = reinterpret_cast<unsigned*>(at += sizes.sums_bytes);
         findings.summed = findings.arrived + targets;
-        const cudaError_t error = cudaMemsetAsync(
-            at, kGoesOn, static_cast<size_t>(sizes.counters_bytes + sizes.verdicts_bytes), stream);
+        findings.verdicts = reinterpret_cast<uint8_t*>(findings.summed + a.base.batch_size);
+        const int64_t words = (sizes.counters_bytes + sizes.verdicts_bytes) / 4;
+        constexpr int threads = 256;
+        const cudaError_t error = launch_overlapping(
+            clear_kernel, configure((words + threads - 1) / threads, threads, stream), true,
+            findings.arrived, words);
         if (error != cudaSuccess) return error;
       } else {
         findings.tokens = reinterpret_cast<int32_t*>(at);
       }
-      findings.verdicts =
-          reinterpret_cast<uint8_t*>(workspace + sizes.bytes() - sizes.verdicts_bytes);
     }
     const cudaError_t error =
         plan.deciding_share ? decide(a, plan, findings, stream) : find(a, plan, findings, stream);
@@ -302,7 +313,7 @@ struct LaunchLogits {
     constexpr int requests = 4;  // a block
     const cudaLaunchConfig_t finish =
         configure((a.base.batch_size + requests - 1) / requests, requests * kWarp, stream);
-    return launch_overlapping(finish_kernel, finish, true, a, findings.verdicts, findings.tokens);
+    return launch_overlapping(finish_kernel, finish, true, a, findings.tokens);
   }
 
   static cudaError_t find(const LogitsParams& a, const LogitsPlan& plan,
@@ -320,11 +331,11 @@ struct LaunchLogits {
 
   static cudaError_t decide(const LogitsParams& a, const LogitsPlan& plan,
                             const Findings<T>& findings, cudaStream_t stream) {
-    const int tiles = num_tiles(a.base.vocab_size) * (num_draft_rows(a) > 0 ? 2 : 1);
+    const int tiles = num_tiles(a.base.vocab_size), rows = num_draft_rows(a) > 0 ? 2 : 1;
     const int blocks = blocks_of_shares(tiles, kDecidingWarps * plan.deciding_share);
-    cudaLaunchConfig_t config =
-        configure(a.base.batch_size * blocks, kDecidingWarps * kWarp, stream);
-    config.gridDim.y = static_cast<unsigned>(a.base.spec_length + 1);
+    cudaLaunchConfig_t config = configure(rows * blocks, kDecidingWarps * kWarp, stream);
+    config.gridDim.y = static_cast<unsigned>(a.base.batch_size);
+    config.gridDim.z = static_cast<unsigned>(a.base.spec_length + 1);
     return launch_overlapping(decide_kernel<T>, config, true, a, blocks, plan.deciding_share,
                               findings);
   }
@@ -404,12 +415,13 @@ int plan_from_logits(const LogitsParams& a, Exchange exchange, int blocks, Logit
     plan->early_exit = a.base.spec_length > 0 && all > blocks_at_once(a, *device);
     const int tiles = num_tiles(a.base.vocab_size);
     plan->drawing_share = share_of_tiles(a.base.batch_size, tiles, *device);
-    // Of few requests the clusters of positions_kernel know the verdict sooner, and float32 rows
-    // take it as long. Twice the tiles make as many blocks of twice the share.
-    constexpr int kMany = 32;
-    const bool many = a.base.batch_size >= kMany && a.base.dtype != Dtype::kFloat32;
+    // Of few requests the clusters of positions_kernel know the verdict sooner. Twice the tiles
+    // make as many blocks of twice the share.
+    constexpr int64_t kMany = 32, kMostInGrid = 65535;
+    const bool many = a.base.batch_size >= kMany && a.base.batch_size <= kMostInGrid;
     if (plan->early_exit && blocks == 0 && !a.filters() && many) {
-      plan->deciding_share = num_draft_rows(a) > 0 ? 8 : 4;
+      const int share = a.base.dtype == Dtype::kFloat32 ? 2 : 4;
+      plan->deciding_share = num_draft_rows(a) > 0 ? 2 * share : share;
     }
   }
   plan->workspace_bytes = Workspace(a, *plan).bytes();

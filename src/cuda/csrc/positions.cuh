@@ -24,9 +24,10 @@ __device__ __noinline__ TileStats warp_kept_stats(const T* x, int tile, int voca
 // What positions leave to the next launch, in global memory; null where K is 0.
 template <typename T>
 struct Findings {
-  uint8_t* verdicts;  // [B][K + 1], kGoesOn or kEnds
-  int32_t* tokens;    // [B][K + 1], drawn where the position would end its request, or, where null:
-  LogitsRow<T>* rows;  // [B][K + 1], what to draw from there
+  int32_t*
+      tokens;  // [B][K + 1], drawn where the position would end its request, else -1; or, null:
+  uint8_t* verdicts;   // [B][K + 1], kGoesOn or kEnds; kGoesOn at first, for those who look
+  LogitsRow<T>* rows;  // [B][K + 1], what to draw from where it ends
   TileStats* stats;    // [B][K + 1][tiles] of the target's rows, [B][K][tiles] of the draft's
   // What warps leave to the last of them.
   float* sums;        // [B][tiles], of the row drawn from
@@ -234,7 +235,7 @@ __global__ void __launch_bounds__(kMaxWarps* kWarp, kResidentPositions<T, filter
   }
 
   // Made anew where it is used: kept, it would take registers that the loops want.
-  const auto request = [&] { return Request(a, b, {summaries}); };
+  const auto request = [&] { return Request(a, b, {summaries}, scale, greedy); };
   const auto tell = [&](int i, const TileStats& found, int count) {
     if (lane < blocks) {
       send_pair_to_block(&at.stats[i].largest, at.pending + count, lane, found.largest, found.sum);
@@ -271,9 +272,10 @@ __global__ void __launch_bounds__(kMaxWarps* kWarp, kResidentPositions<T, filter
   float threshold_p = kNegativeInfinity, threshold_q = kNegativeInfinity;
   int exchange = 0;
   const auto leave_a_verdict = [&] {
-    if (rank == 0 && findings.verdicts) {
-      findings.verdicts[static_cast<int64_t>(b) * (spec_length + 1) + k] = ends ? kEnds : kGoesOn;
-    }
+    if (rank != 0) return;
+    const int64_t position = static_cast<int64_t>(b) * (spec_length + 1) + k;
+    if (findings.verdicts) findings.verdicts[position] = ends ? kEnds : kGoesOn;
+    if (findings.tokens && !ends) findings.tokens[position] = kPlaceholderTokenId;
   };
 #pragma unroll 1
   for (int turn = 0; turn < (in_turns ? 2 : 1); ++turn) {
@@ -408,7 +410,7 @@ __device__ __forceinline__ int64_t warp_first_end(const uint8_t* verdicts, int64
 
 // A warp a request: what it ends with at the first position that does.
 __global__ void __launch_bounds__(kMaxWarps* kWarp)
-    finish_kernel(const LogitsParams a, const uint8_t* verdicts, const int32_t* tokens) {
+    finish_kernel(const LogitsParams a, const int32_t* tokens) {
   const int lane = threadIdx.x % kWarp, warps = blockDim.x / kWarp;
   const int64_t b = static_cast<int64_t>(blockIdx.x) * warps + threadIdx.x / kWarp;
   if (b >= a.base.batch_size) return;
@@ -417,14 +419,19 @@ __global__ void __launch_bounds__(kMaxWarps* kWarp)
   const int64_t spec_length = a.base.spec_length, begin = b * (spec_length + 1);
   const int64_t early = lane < request.drafts ? request.id(lane) : kPlaceholderTokenId;
   wait_for_launch_before();
-  const int64_t accepted = warp_first_end(verdicts + begin, request.drafts, lane);
-  for (int64_t k = lane; k <= spec_length; k += kWarp) {
-    int64_t id = kPlaceholderTokenId;
-    if (k == accepted) id = tokens[begin + k];
-    if (k < accepted) id = k < kWarp ? early : request.id(k);
-    request.store(k, id);
+  bool has_ended = false;
+  for (int64_t first = 0; first <= spec_length; first += kWarp) {
+    const int64_t k = first + lane;
+    const bool is_drawn = k == 0 || k <= request.drafts;
+    const int64_t drawn = is_drawn ? tokens[begin + k] : kPlaceholderTokenId;
+    const unsigned ends = __ballot_sync(kAllLanes, drawn >= 0);
+    const int64_t end = has_ended ? -1 : ends ? first + __ffs(ends) - 1 : first + kWarp;
+    int64_t id = k == end ? drawn : kPlaceholderTokenId;
+    if (k < end) id = first == 0 ? early : request.id(k);
+    if (k <= spec_length) request.store(k, id);
+    if (lane == 0 && ends && !has_ended) a.base.num_accepted[b] = static_cast<int32_t>(end);
+    has_ended = has_ended || ends;
   }
-  if (lane == 0) a.base.num_accepted[b] = static_cast<int32_t>(accepted);
 }
 
 }  // namespace

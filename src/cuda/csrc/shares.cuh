@@ -1,5 +1,6 @@
 // Verification from logits for many requests: a block has a share of a row's tiles, and the block
-// that completes the row goes on with it. Nothing waits for another block.
+// that completes the position, or the row to draw from, goes on with it. Nothing waits for another
+// block.
 #pragma once
 
 #include "positions.cuh"
@@ -23,13 +24,13 @@ __device__ __forceinline__ bool warp_completes(unsigned* counter, int count, int
 // One warp, when all statistics of a position are there: its verdict, and what it would draw from.
 template <typename T>
 __device__ __noinline__ void warp_decide_position(const LogitsParams& a, unsigned b, unsigned k,
-                                                  bool is_last, int rows,
+                                                  bool is_last, int rows, float scale, bool greedy,
                                                   const Findings<T>& findings, int lane) {
   using Request = LogitsRequest<T, PositionSummaries>;
   const int vocab_size = static_cast<int>(a.base.vocab_size), tiles = num_tiles(vocab_size);
   const int64_t spec_length = a.base.spec_length, position = b * (spec_length + 1) + k;
   RowSummary summaries[2], given;
-  Request request(a, b, {summaries});
+  Request request(a, b, {summaries}, scale, greedy);
   DraftToken draft = {kPlaceholderTokenId, 0.0f, {}};
   if (!is_last && lane == 0) {  // on its way while the sums are added up
     draft.id = request.id(k);
@@ -40,9 +41,8 @@ __device__ __noinline__ void warp_decide_position(const LogitsParams& a, unsigne
       request.summaries.given = &given;
     }
   }
-  const float scale = request.scale;
   summaries[0] = warp_summarize(request.target_row(k), findings.stats + position * tiles, scale,
-                                kNegativeInfinity, request.greedy, vocab_size, lane);
+                                kNegativeInfinity, greedy, vocab_size, lane);
   if (rows > 1) {
     const int64_t row = num_target_rows(a.base) + b * spec_length + k;
     summaries[1] = warp_summarize(request.draft_row(k), findings.stats + row * tiles, scale,
@@ -55,7 +55,8 @@ __device__ __noinline__ void warp_decide_position(const LogitsParams& a, unsigne
   if (ends) findings.rows[position] = request.row(k, draft.id);
 }
 
-// `share`: tiles of a warp, at most 32.
+// A block has `share` tiles a warp, at most 32, of one row. The grid: `blocks` of a target's row
+// and as many of a draft's where that is read, by requests, by positions.
 template <typename T>
 __global__ void __launch_bounds__(kDecidingWarps* kWarp, 4)
     decide_kernel(const __grid_constant__ LogitsParams a, int blocks, int share,
@@ -64,31 +65,12 @@ __global__ void __launch_bounds__(kDecidingWarps* kWarp, 4)
   wait_for_launch_before();
   allow_next_launch();
   const int lane = threadIdx.x % kWarp, warp = threadIdx.x / kWarp;
-  const unsigned b = blockIdx.x / blocks, k = grid_row();
+  const unsigned b = blockIdx.y, k = blockIdx.z;
   const unsigned spec_length = static_cast<unsigned>(a.base.spec_length);
-  const int vocab_size = static_cast<int>(a.base.vocab_size), tiles = num_tiles(vocab_size);
-  int drafts = static_cast<int>(spec_length);
-  if (a.base.num_draft_tokens)
-    drafts = a.base.num_draft_tokens[b] < drafts ? a.base.num_draft_tokens[b] : drafts;
-  if (k > 0 && static_cast<int>(k) > drafts) return;
-  const bool is_last = static_cast<int>(k) >= drafts, greedy = a.is_greedy(b);
-  const int rows = num_draft_rows(a) > 0 && !greedy && !is_last ? 2 : 1, all = rows * tiles;
-  const int of_block = kDecidingWarps * share;
-  const int block_begin = static_cast<int>(blockIdx.x % blocks) * of_block;
-  if (block_begin >= all) return;
-  const int begin = block_begin + warp * share, end = begin + share < all ? begin + share : all;
   const int64_t position = static_cast<int64_t>(b) * (spec_length + 1) + k;
-  const T* x_p = static_cast<const T*>(a.base.target_probs) + b * a.base.target_row_stride +
-                 k * a.base.target_position_stride;
-  const T* x_q = static_cast<const T*>(a.base.draft_probs) + b * a.base.draft_row_stride +
-                 k * a.base.draft_position_stride;
-  const auto load = [&](int i, RawTile<T>& raw) {
-    load_tile(i < tiles ? x_p : x_q, i < tiles ? i : i - tiles, vocab_size,
-              kNegativeInfinityWord<T>, lane, raw);
-  };
-  RawTile<T> raw;
-  if (begin < end) load(begin, raw);
-  if (k > 0) {  // one warp looks, so that all leave together
+  // Before anything else, since about half of all blocks leave here. One warp looks, so that all
+  // leave together.
+  if (k > 0) {
     if (warp == 0) {
       const bool over = warp_is_over(findings.verdicts + position - k, k, lane);
       if (lane == 0) is_over = over;
@@ -96,26 +78,53 @@ __global__ void __launch_bounds__(kDecidingWarps* kWarp, 4)
     __syncthreads();
     if (is_over) return;
   }
+  int drafts = static_cast<int>(spec_length);
+  if (a.base.num_draft_tokens)
+    drafts = a.base.num_draft_tokens[b] < drafts ? a.base.num_draft_tokens[b] : drafts;
+  if (k > 0 && static_cast<int>(k) > drafts) return;
+  const bool is_last = static_cast<int>(k) >= drafts, greedy = a.is_greedy(b);
+  const int rows = num_draft_rows(a) > 0 && !greedy && !is_last ? 2 : 1;
+  const bool is_draft = static_cast<int>(blockIdx.x) >= blocks;
+  if (is_draft && rows == 1) return;
+  const int vocab_size = static_cast<int>(a.base.vocab_size), tiles = num_tiles(vocab_size);
+  const int of_block = kDecidingWarps * share;
+  const int block_begin = (static_cast<int>(blockIdx.x) - (is_draft ? blocks : 0)) * of_block;
+  const int begin = block_begin + warp * share, end = begin + share < tiles ? begin + share : tiles;
+  const T* x = static_cast<const T*>(is_draft ? a.base.draft_probs : a.base.target_probs);
+  x += is_draft ? b * a.base.draft_row_stride + k * a.base.draft_position_stride
+                : b * a.base.target_row_stride + k * a.base.target_position_stride;
+  // Known once for all of a row's tiles; with float32 logits that takes registers which are wanted.
+  const bool vectors = sizeof(T) < 4 && by_vectors<T>(x, nullptr, vocab_size);
+  const int plain_tiles = vectors ? vocab_size / kTile : 0;
+  const T* own_x = x + lane * kVector<T>;
+  const auto load = [&](int tile, RawTile<T>& raw) {
+    if (tile < plain_tiles) {
+      load_vectors(own_x + tile * kTile, raw);
+    } else {
+      load_tile(x, tile, vocab_size, kNegativeInfinityWord<T>, lane, raw);
+    }
+  };
+  RawTile<T> raw;
+  if (begin < end) load(begin, raw);
   const float scale = a.scale(b);
   TileStats own = {};
-  for (int i = begin; i < end; ++i) {
+#pragma unroll 1
+  for (int tile = begin; tile < end; ++tile) {
     RawTile<T> next;
-    if (i + 1 < end) load(i + 1, next);
+    if (tile + 1 < end) load(tile + 1, next);
     const TileStats found = warp_tile_stats(raw, scale, kNegativeInfinity, !greedy, [] {});
-    if (lane == i - begin) own = found;
+    if (lane == tile - begin) own = found;
     raw = next;
   }
-  const int i = begin + lane;
-  if (i < end) {
-    const int64_t row =
-        i < tiles ? position : num_target_rows(a.base) + static_cast<int64_t>(b) * spec_length + k;
-    findings.stats[row * tiles + (i < tiles ? i : i - tiles)] = own;
+  if (begin + lane < end) {
+    const int64_t draft_row = num_target_rows(a.base) + static_cast<int64_t>(b) * spec_length + k;
+    findings.stats[(is_draft ? draft_row : position) * tiles + begin + lane] = own;
   }
   __syncthreads();
   if (warp != 0) return;
-  const int count = all - block_begin < of_block ? all - block_begin : of_block;
-  if (warp_completes(findings.arrived + position, count, all, lane)) {
-    warp_decide_position(a, b, k, is_last, rows, findings, lane);
+  const int left = tiles - block_begin, count = left < of_block ? left : of_block;
+  if (warp_completes(findings.arrived + position, count, rows * tiles, lane)) {
+    warp_decide_position(a, b, k, is_last, rows, scale, greedy, findings, lane);
   }
 }
 

@@ -36,7 +36,7 @@ __device__ __forceinline__ unsigned add_released(unsigned* counter, unsigned val
   return before;
 }
 // After it this thread sees what was published to what it has read.
-__device__ __forceinline__ void acquire() { __threadfence(); }
+__device__ __forceinline__ void acquire() { asm volatile("fence.acq_rel.gpu;" ::: "memory"); }
 
 // Clusters exist from sm_90 on. Below it these are never reached: plan_fused chooses a workspace.
 
@@ -342,6 +342,15 @@ __device__ __forceinline__ Words load_elements(const T* from, int left, uint32_t
   return words;
 }
 
+// One lane: reads its share of a whole tile, from its first element on, 16 bytes at a time.
+template <typename T>
+__device__ __forceinline__ void load_vectors(const T* from, RawTile<T>& raw) {
+#pragma unroll
+  for (int j = 0; j < kVectors<T>; ++j) {
+    raw.words[j] = read_argument(reinterpret_cast<const Words*>(from + j * kWarp * kVector<T>));
+  }
+}
+
 // One warp: reads a tile. No load waits for another. Beyond the vocabulary it has words of `pad`.
 template <typename T>
 __device__ __forceinline__ void load_tile(const T* x, int tile, int vocab_size, uint32_t pad,
@@ -350,10 +359,7 @@ __device__ __forceinline__ void load_tile(const T* x, int tile, int vocab_size, 
   const int begin = tile * kTile + lane * kVector<T>, left = vocab_size - begin;
   const bool vectors = by_vectors<T>(x, nullptr, vocab_size);
   if (vectors && (tile + 1) * kTile <= vocab_size) {
-#pragma unroll
-    for (int j = 0; j < kVectors<T>; ++j) {
-      raw.words[j] = read_argument(reinterpret_cast<const Words*>(x + begin + j * step));
-    }
+    load_vectors(x + begin, raw);
   } else if (vectors) {
 #pragma unroll
     for (int j = 0; j < kVectors<T>; ++j) {
