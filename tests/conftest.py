@@ -8,7 +8,8 @@ _COMMON = {"deadline": None, "suppress_health_check": [HealthCheck.too_slow]}
 settings.register_profile("ci", max_examples=80, derandomize=True, **_COMMON)
 settings.register_profile("recorded", max_examples=3000, print_blob=True, **_COMMON)
 # On a card, where each call waits for the device.
-settings.register_profile("recorded-gpu", parent=settings.get_profile("recorded"), max_examples=1000)
+_RECORDED = settings.get_profile("recorded")
+settings.register_profile("recorded-gpu", _RECORDED, max_examples=1000)
 # make mutants wants to know that a case fails, not the smallest one.
 _NO_SHRINKING = [phase for phase in Phase if phase not in (Phase.shrink, Phase.explain)]
 settings.register_profile("mutants", settings.get_profile("ci"), phases=_NO_SHRINKING)
