@@ -517,8 +517,8 @@ MUTANTS = [
     Mutant(
         "logits: a position that does not end its request leaves no sign of that",
         POSITIONS,
-        "if (findings.tokens && !ends) findings.tokens[position] = kPlaceholderTokenId;",
-        "",
+        "findings.tokens[position] = kPlaceholderTokenId;",
+        ";",
     ),
     Mutant(
         "logits: of more drafts than a warp has lanes the first end of every 32 counts",

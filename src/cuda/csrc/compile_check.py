@@ -31,7 +31,8 @@ FAST = (
     "embed_kernel",
     "advance_kernel",
 )
-IN_CLUSTERS = ("positions_kernel",)  # launched from sm_90 on
+# Launched from sm_90 on, where clusters are, or beside kernels in clusters.
+IN_CLUSTERS = ("positions_kernel", "decide_kernel", "draw_kernel")
 OTHERS = (
     "thread_per_row_kernel",
     "threshold_kernel",

@@ -274,8 +274,11 @@ __global__ void __launch_bounds__(kMaxWarps* kWarp, kResidentPositions<T, filter
   const auto leave_a_verdict = [&] {
     if (rank != 0) return;
     const int64_t position = static_cast<int64_t>(b) * (spec_length + 1) + k;
-    if (findings.verdicts) findings.verdicts[position] = ends ? kEnds : kGoesOn;
-    if (findings.tokens && !ends) findings.tokens[position] = kPlaceholderTokenId;
+    if (findings.verdicts) {
+      if (ends) findings.verdicts[position] = kEnds;  // kGoesOn is there
+    } else if (!ends) {
+      findings.tokens[position] = kPlaceholderTokenId;
+    }
   };
 #pragma unroll 1
   for (int turn = 0; turn < (in_turns ? 2 : 1); ++turn) {
