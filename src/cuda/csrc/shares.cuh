@@ -9,6 +9,7 @@ namespace fused_rejection {
 namespace {
 
 constexpr int kDecidingWarps = 8, kDrawingWarps = 4;  // of a block
+constexpr int kResidentDecisions = kResidentShares * kDrawingWarps / kDecidingWarps;
 
 // One warp: counts what its block has stored, before a __syncthreads(). Whether all of `wanted` is
 // there now; if so this warp sees it.
@@ -58,7 +59,7 @@ __device__ __noinline__ void warp_decide_position(const LogitsParams& a, unsigne
 // A block has `share` tiles a warp, at most 32, of one row. The grid: `blocks` of a target's row
 // and as many of a draft's where that is read, by requests, by positions.
 template <typename T>
-__global__ void __launch_bounds__(kDecidingWarps* kWarp, 4)
+__global__ void __launch_bounds__(kDecidingWarps* kWarp, kResidentDecisions)
     decide_kernel(const __grid_constant__ LogitsParams a, int blocks, int share,
                   const __grid_constant__ Findings<T> findings) {
   __shared__ bool is_over;
