@@ -101,7 +101,8 @@ void run_logits(const LogitsParams& a, int kernel, int n, bool early_exit, unsig
   const int tiles = num_tiles(a.base.vocab_size), warps = std::clamp(tiles, 2, kMaxWarps);
   const int threads = warps * kWarp;
   const bool block = a.base.block_verification;
-  if (kernel == 1 && !block) {                // as launch_from_logits chooses
+  // As launch_from_logits chooses.
+  if (kernel == 1 && !block) {
     std::vector<int32_t> tokens(targets, 0);  // a token, where nothing is left
     std::vector<LogitsRow<T>> drawn_from(targets);
     std::vector<TileStats> kept_stats(rows * tiles, TileStats{NAN, NAN});

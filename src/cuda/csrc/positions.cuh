@@ -24,8 +24,8 @@ __device__ __noinline__ TileStats warp_kept_stats(const T* x, int tile, int voca
 // What positions leave to the next launch, in global memory; null where K is 0.
 template <typename T>
 struct Findings {
-  int32_t*
-      tokens;  // [B][K + 1], drawn where the position would end its request, else -1; or, null:
+  // [B][K + 1], drawn where the position would end its request, else -1; or null, and the others:
+  int32_t* tokens;
   uint8_t* verdicts;   // [B][K + 1], kGoesOn or kEnds; kGoesOn at first, for those who look
   LogitsRow<T>* rows;  // [B][K + 1], what to draw from where it ends
   TileStats* stats;    // [B][K + 1][tiles] of the target's rows, [B][K][tiles] of the draft's

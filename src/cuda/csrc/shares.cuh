@@ -52,8 +52,9 @@ __device__ __noinline__ void warp_decide_position(const LogitsParams& a, unsigne
   if (lane != 0) return;
   const bool ends =
       is_last || !request.accepts_values(k, draft.id, draft.values, [&] { return draft.u; });
-  findings.verdicts[position] = ends ? kEnds : kGoesOn;
-  if (ends) findings.rows[position] = request.row(k, draft.id);
+  if (!ends) return;  // kGoesOn is there
+  findings.verdicts[position] = kEnds;
+  findings.rows[position] = request.row(k, draft.id);
 }
 
 // A block has `share` tiles a warp, at most 32, of one row. The grid: `blocks` of a target's row
