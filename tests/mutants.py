@@ -28,6 +28,7 @@ KERNELS = f"{CSRC}/warp.cuh"
 TEACHING = f"{CSRC}/fused_rejection_kernel.cu"
 LOGITS = f"{CSRC}/from_logits.h"
 POSITIONS = f"{CSRC}/positions.cuh"
+WALK = f"{CSRC}/walk.cuh"
 SHARES = f"{CSRC}/shares.cuh"
 THRESHOLDS = f"{CSRC}/threshold.cuh"
 TILES = f"{CSRC}/tiles.cuh"
@@ -43,7 +44,7 @@ TESTS = {  # of a file: the test files, and pytest's -k
     TEACHING: (("tests/test_emulated_kernels.py",), "seeds or kernel"),
     KERNELS: (("tests/test_emulated_kernels.py", "tests/test_properties.py"), "kernel"),
     LOGITS: (("tests/test_from_logits.py", "tests/test_logits_distribution.py"), "cpp"),
-    **dict.fromkeys((POSITIONS, SHARES), (("tests/test_emulated_logits.py",), "positions")),
+    **dict.fromkeys((POSITIONS, SHARES, WALK), (("tests/test_emulated_logits.py",), "positions")),
     THRESHOLDS: (("tests/test_emulated_logits.py",), "thresholds"),
     TILES: (("tests/test_emulated_logits.py",), "positions or thresholds"),
     "src/baseline/rejection_sampler.py": (
@@ -283,7 +284,7 @@ MUTANTS = [
     Mutant(
         "logits: a position does not wait for its tiles' statistics",
         POSITIONS,
-        "if (filtered || warp < rows) wait_for_bytes(at.pending + At::kDraftStats * turn);",
+        "if (filtered || warp < rows) wait_for_bytes(at.pending + At::kStats);",
         "",
     ),
     Mutant(
@@ -301,14 +302,14 @@ MUTANTS = [
     Mutant(
         "logits: the draft's row is filtered by the target's threshold",
         POSITIONS,
-        "threshold_q = at.thresholds[1];",
-        "threshold_q = at.thresholds[0];",
+        "thresholds = {at.thresholds[0], at.thresholds[1]};",
+        "thresholds = {at.thresholds[0], at.thresholds[0]};",
     ),
     Mutant(
         "logits: sums that a filter did not want at first are not made later",
         POSITIONS,
-        "const bool sums_later = !greedy && !sums_first;",
-        "const bool sums_later = false;",
+        "return sums_later || threshold > kNegativeInfinity;",
+        "return threshold > kNegativeInfinity;",
     ),
     Mutant(
         "logits: half a cluster does not wait for the other half's threshold",
@@ -342,21 +343,51 @@ MUTANTS = [
     ),
     Mutant(
         "logits: a draft is surely accepted though top-p may leave it out",
-        POSITIONS,
+        WALK,
         "return in_share && is_near",
         "return is_near",
     ),
     Mutant(
         "logits: a draft is surely accepted by the whole row's share of a kept one",
-        POSITIONS,
+        WALK,
         "ratio * (1.0f + kMargin), 1.0f)",
         "ratio * 0.9f, 1.0f)",
     ),
     Mutant(
-        "logits: the draft's own filters do not count where its row has its turn",
-        POSITIONS,
-        "if (filtered) decided.summaries.threshold = threshold_q;",
+        "logits: a draft whose sum is not known counts as if its filters left nothing out",
+        WALK,
+        "sum * (filters.top_p < 1.0f ? filters.top_p : 1.0f)",
+        "sum",
+    ),
+    Mutant(
+        "logits: who walks does not wait for the statistics of the draft's row",
+        WALK,
+        "if (rows > summed_rows) wait_for_bytes(at.pending + At::kDraftStats);",
         "",
+    ),
+    Mutant(
+        "logits: the draft's own filters do not count where a cluster walks",
+        WALK,
+        "decided.summaries.threshold = thresholds.draft;",
+        "",
+    ),
+    Mutant(
+        "logits: a cluster walks on after a draft that filters may leave out",
+        WALK,
+        "if (lane == 0) ends = !sure;",
+        "if (lane == 0) ends = false;",
+    ),
+    Mutant(
+        "thresholds: what overflowed a warp's list counts as seen",
+        THRESHOLDS,
+        "{overflows ? -1 : held, lo, hi}",
+        "{held, lo, hi}",
+    ),
+    Mutant(
+        "thresholds: the floor that was only guessed is the last",
+        THRESHOLDS,
+        "if (floor == massless) return;",
+        "if (floor >= surest) return;",
     ),
     Mutant(
         "thresholds: the logit that reaches the share is left out",
@@ -457,8 +488,8 @@ MUTANTS = [
     Mutant(
         "without drafts nobody says that none was accepted",
         POSITIONS,
-        "if (rank == 0 && spec_length == 0) a.base",
-        "if (rank == 0 && spec_length == 0 && a.logsumexp) a.base",
+        "if (spec_length == 0) a.base",
+        "if (spec_length == 0 && a.logsumexp) a.base",
     ),
     Mutant(
         "the loop from logits drops top-k",

@@ -66,7 +66,7 @@ def test_every_dtype_ragged_given_probabilities_and_given_sums(dtype):
     check({**case, "draft_probs": probs})
 
 
-# With 16-bit logits a draft's row has its turn after the target's.
+# Clusters of one and of four blocks walk with top-p.
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
 @pytest.mark.parametrize("vocab_size", [2, 1000, 2504])
 @pytest.mark.parametrize("which", PARAMETERS)
@@ -101,8 +101,9 @@ def test_positions_whose_drafts_are_on_the_edge_of_what_filters_accept(factor):
         if outside:
             uniforms[:, :length] = 1e-6
         edge = {**case, "draft_token_ids": ids, "uniforms": uniforms, "top_p": top_p}
-        edge["draft_logsumexp"] = kept_logsumexp(case["draft_logits"], top_p)
-        check(edge, [("cluster", blocks, True) for blocks in (1, 2)])
+        launches = [("cluster", blocks, True) for blocks in (1, 2, 4)]
+        check(edge, launches)
+        check({**edge, "draft_logsumexp": kept_logsumexp(case["draft_logits"], top_p)}, launches)
 
 
 def kept_logsumexp(logits, top_p):

@@ -89,14 +89,15 @@ def test_from_logits_emits_the_cpp_kernels_tokens_bit_for_bit(vocab_size, which,
 
 
 # Batches from few blocks that all run at once to more than do, and to more than a grid's second
-# dimension has; where not all run at once a draft's row has its turn after the target's if its
-# logsumexp is known.
+# dimension has; with top-p a cluster of 8, 4 or 2 blocks walks through a request's positions, and
+# reads a draft's row where it has to, if its logsumexp is known.
 @pytest.mark.parametrize("kept", [False, True])
 @pytest.mark.parametrize("which", ["plain", "top-k", "top-p", "min-p", "all"])
 @pytest.mark.parametrize(
     "batch_size, vocab_size, dtype",
     [
         (1, 128256, torch.bfloat16),
+        (12, 128256, torch.bfloat16),
         (24, 128256, torch.bfloat16),
         (90, 20000, torch.bfloat16),
         (90, 20000, torch.float32),

@@ -130,6 +130,11 @@ void run_logits(const LogitsParams& a, int kernel, int n, bool early_exit, unsig
     };
     const size_t shared = PositionShared::bytes(tiles, a.filters(), kept) / sizeof(float);
     const int positions = static_cast<int>(a.base.spec_length) + 1;
+    if (early_exit && n != 2 && a.top_p && !a.top_k && num_draft_rows(a) > 0) {
+      const auto walk = [&] { walk_kernel<T>(a, n); };
+      emulation::launch(static_cast<int>(batch_size) * n, threads, n, shared, walk, seed);
+      return;
+    }
     // n stands for how many tiles a warp has. Both kernels leave the same.
     const auto blocks_of = [&](int count, int share_warps) {
       return (count + share_warps * n - 1) / (share_warps * n);
@@ -146,7 +151,10 @@ void run_logits(const LogitsParams& a, int kernel, int n, bool early_exit, unsig
     if (a.base.spec_length == 0) return;
     if (early_exit) {
       const int shares = blocks_of(tiles, kDrawingWarps);
-      const auto draw = [&] { draw_kernel<T>(a, shares, n, findings); };
+      const auto draw = [&] {
+        a.filters() ? draw_kernel<T, true>(a, shares, n, findings)
+                    : draw_kernel<T, false>(a, shares, n, findings);
+      };
       emulation::launch(static_cast<int>(batch_size) * shares, kDrawingWarps * kWarp, 1, 0, draw,
                         seed);
       return;

@@ -231,6 +231,7 @@ inline unsigned __ballot_sync(unsigned, bool predicate) {
   for (int lane = 0; lane < 32; ++lane) bits |= static_cast<unsigned>(slots[lane][0]) << lane;
   return bits;
 }
+inline bool __any_sync(unsigned all, bool predicate) { return __ballot_sync(all, predicate) != 0; }
 template <typename T>
 T atomicAdd(T* address, T value) {
   const T old = *address;
@@ -304,6 +305,7 @@ void store_to_block(V* shared, int rank, V value) {
 
 // A value counts only once it is stored, which happens in the order that threads are given turns.
 inline void expect_bytes(uint64_t* pending, int bytes) { *pending = bytes; }
+inline void forget(uint64_t*) {}
 inline void send_to_block(float* shared, uint64_t* pending, int rank, float value) {
   store_to_block(shared, rank, value);
   auto& all = emulation::block().cluster->shared;

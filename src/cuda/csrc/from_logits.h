@@ -294,6 +294,7 @@ struct LogitsRow {
     return tile_weight(stats[tile], largest, softmax.scale);
   }
   FR_FUNCTION float p_value(float p_i) const { return softmax(p_i); }
+  FR_FUNCTION bool keeps(float p_i) const { return softmax.keeps(finite_logit(p_i)); }
   FR_FUNCTION float q_value(float q_i) const {
     if (!q_is_logits) return q_i;
     const float x = finite_logit(q_i);
@@ -533,6 +534,7 @@ struct LogitsPlan {
   // a launch before.
   int blocks_per_position;
   bool early_exit;
+  int blocks_per_walk;  // of the cluster that walks through a request's positions, 0: none does
   int kept_tiles;  // tiles whose weights a block of a position keeps in shared memory
   // Tiles that a warp of decide_kernel takes, 0 where positions_kernel decides; and one of
   // draw_kernel.

@@ -1,17 +1,20 @@
-// The CUDA kernels on logits. Where all positions of all requests can run at once (small batches),
-// and with filters, positions_kernel: a cluster a position reads its rows and decides whether the
-// request would end there. Else decide_kernel: a few warps a position, whichever is done last
-// decides. In both, positions behind a known end leave. Where all ran at once they have also drawn,
-// and finish_kernel takes the first position that ends each request; else draw_kernel draws there.
-// For block verification, and on cards without clusters: a pass over all rows (a warp a tile), with
-// filters a search for each row's threshold and a second pass over what it keeps, and the fused
-// kernel of warp.cuh, which finishes the rows' sums, decides, and draws.
+// The CUDA kernels on logits. With top-p, for more than a few requests, walk_kernel: a cluster
+// walks through a request's positions, and draws where that ends. Where all positions of all
+// requests can run at once (small batches), and with other filters, positions_kernel: a cluster a
+// position reads its rows and decides whether the request would end there. Else decide_kernel: a
+// few warps a position, whichever is done last decides. In both, positions behind a known end
+// leave. Where all ran at once they have also drawn, and finish_kernel takes the first position
+// that ends each request; else draw_kernel draws there. For block verification, and on cards
+// without clusters: a pass over all rows (a warp a tile), with filters a search for each row's
+// threshold and a second pass over what it keeps, and the fused kernel of warp.cuh, which finishes
+// the rows' sums, decides, and draws.
 
 #include "from_logits.h"
 #include "positions.cuh"
 #include "shares.cuh"
 #include "threshold.cuh"
 #include "tiles.cuh"
+#include "walk.cuh"
 #include "warp.cuh"
 
 #ifndef FR_EMULATION
@@ -177,6 +180,9 @@ const void* const kLogitsKernels[] = {
     reinterpret_cast<const void*>(&positions_kernel<float, true>),
     reinterpret_cast<const void*>(&positions_kernel<BFloat16, true>),
     reinterpret_cast<const void*>(&positions_kernel<Float16, true>),
+    reinterpret_cast<const void*>(&walk_kernel<float>),
+    reinterpret_cast<const void*>(&walk_kernel<BFloat16>),
+    reinterpret_cast<const void*>(&walk_kernel<Float16>),
     reinterpret_cast<const void*>(&logits_kernel<float, Step::kInCluster, true>),
     reinterpret_cast<const void*>(&logits_kernel<BFloat16, Step::kInCluster, true>),
     reinterpret_cast<const void*>(&logits_kernel<Float16, Step::kInCluster, true>),
@@ -208,6 +214,25 @@ int blocks_per_position(const LogitsParams& a, const Device& device) {
   return blocks;
 }
 
+// Blocks that walk through a request's positions, 0 where all positions at once are faster. With
+// top-p most drafts are accepted without a search, from the tiles' sums; but few requests have the
+// card to themselves, and float32 rows, two at once, are long to read. As many blocks as let all
+// requests have theirs at once, or two; a search by more than eight waits more than it saves.
+int blocks_per_walk(const LogitsParams& a, const Device& device) {
+  const bool sums_tell = a.top_p && !a.top_k && num_draft_rows(a) > 0;
+  const bool one_row = a.draft_logsumexp || a.base.dtype != Dtype::kFloat32;
+  const bool many = 4 * num_target_rows(a.base) > device.multiprocessors;
+  if (!sums_tell || !one_row || !many) return 0;
+  int blocks = kPortableCluster;
+  const int tiles = num_tiles(a.base.vocab_size);
+  while (blocks > 2 &&
+         (blocks * a.base.batch_size > device.multiprocessors || blocks / 2 * kMaxWarps >= tiles)) {
+    blocks /= 2;
+  }
+  static_assert(kPortableCluster <= kLargestTeam);
+  return blocks;
+}
+
 // Tiles that a warp takes of `tiles`, where there are `rows` such rows: as many as still give every
 // place for a warp on the card some.
 int share_of_tiles(int64_t rows, int tiles, const Device& device) {
@@ -229,6 +254,7 @@ struct Workspace {
     const int64_t targets = num_target_rows(a.base), rows = targets + num_draft_rows(a);
     const int64_t tiles = num_tiles(a.base.vocab_size), row_bytes = tiles * sizeof(TileStats);
     const int64_t sums = a.base.batch_size * tiles * static_cast<int64_t>(sizeof(float));
+    if (plan.blocks_per_walk > 0) return;
     if (plan.blocks_per_position > 0) {
       if (a.base.spec_length == 0) return;  // the token goes to the outputs
       if (!plan.early_exit) {
@@ -270,11 +296,20 @@ template <typename T>
 struct LaunchLogits {
   static cudaError_t run(const LogitsParams& a, const LogitsPlan& plan, char* workspace,
                          cudaStream_t stream) {
+    if (plan.blocks_per_walk > 0) return by_walking(a, plan, stream);
     return plan.blocks_per_position > 0 ? by_positions(a, plan, workspace, stream)
                                         : by_rows(a, plan, workspace, stream);
   }
 
  private:
+  static cudaError_t by_walking(const LogitsParams& a, const LogitsPlan& plan,
+                                cudaStream_t stream) {
+    const int blocks = plan.blocks_per_walk;
+    const cudaLaunchConfig_t config =
+        configure(a.base.batch_size * blocks, warps_per_block(a.base.vocab_size) * kWarp, stream);
+    return launch_in_clusters(walk_kernel<T>, config, blocks, cluster_bytes(a), a, blocks);
+  }
+
   static cudaError_t by_positions(const LogitsParams& a, const LogitsPlan& plan, char* workspace,
                                   cudaStream_t stream) {
     const Workspace sizes(a, plan);
@@ -307,8 +342,8 @@ struct LaunchLogits {
       const int blocks = blocks_of_shares(tiles, kDrawingWarps * plan.drawing_share);
       const cudaLaunchConfig_t draw =
           configure(a.base.batch_size * blocks, kDrawingWarps * kWarp, stream);
-      return launch_overlapping(draw_kernel<T>, draw, true, a, blocks, plan.drawing_share,
-                                findings);
+      const auto kernel = a.filters() ? draw_kernel<T, true> : draw_kernel<T, false>;
+      return launch_overlapping(kernel, draw, true, a, blocks, plan.drawing_share, findings);
     }
     constexpr int requests = 4;  // a block
     const cudaLaunchConfig_t finish =
@@ -404,6 +439,7 @@ int plan_from_logits(const LogitsParams& a, Exchange exchange, int blocks, Logit
   if (error != cudaSuccess) return error;
   plan->blocks_per_position = 0;
   plan->early_exit = false;
+  plan->blocks_per_walk = 0;
   plan->kept_tiles = plan->deciding_share = plan->drawing_share = 0;
   if (plan->fused.exchange == Exchange::kCluster && !a.base.block_verification) {
     plan->blocks_per_position = blocks > 0 ? blocks : blocks_per_position(a, *device);
@@ -413,6 +449,7 @@ int plan_from_logits(const LogitsParams& a, Exchange exchange, int blocks, Logit
     // With all of them running at once there is no end to be found, and time to draw for nothing.
     const int64_t all = num_target_rows(a.base) * plan->blocks_per_position;
     plan->early_exit = a.base.spec_length > 0 && all > blocks_at_once(a, *device);
+    if (plan->early_exit && blocks == 0) plan->blocks_per_walk = blocks_per_walk(a, *device);
     const int tiles = num_tiles(a.base.vocab_size);
     plan->drawing_share = share_of_tiles(a.base.batch_size, tiles, *device);
     // Of few requests the clusters of positions_kernel know the verdict sooner. Twice the tiles

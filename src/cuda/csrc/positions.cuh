@@ -70,8 +70,7 @@ struct PositionShared {
   float* kept;       // the weights of `slots` tiles
 
   // What is still to arrive: statistics of what is read first, those of what filters keep,
-  // TileSums' two, is_over, thresholds, statistics of a draft's row that has its turn after the
-  // target's.
+  // TileSums' two, is_over, thresholds, statistics of a draft's row that is read later.
   enum Count { kStats, kKeptStats, kTileSums, kIsOver = kTileSums + 2, kThresholds, kDraftStats };
   static constexpr int kCounts = kDraftStats + 1, kWords = kCounts + 3;
 
@@ -122,37 +121,74 @@ __device__ __forceinline__ bool warp_is_over(const volatile uint8_t* verdicts, u
   return false;
 }
 
-// One warp, which has `draft`: whether a draft is accepted whatever the filters leave out, by more
-// than roundings could change, so that nobody needs to look for what they keep. `stats` are of the
-// target's whole row; top-p and min_p are all the filters.
-__device__ __noinline__ bool warp_surely_accepts(const TileStats* stats, const Filters& filters,
-                                                 const DraftToken& draft, double draft_logsumexp,
-                                                 int vocab_size, int lane) {
-  constexpr float kMargin = 0x1p-10f;
-  const float x_p = finite_logit(draft.values.target), x_q = finite_logit(draft.values.draft);
-  if (draft.id < 0 || draft.id >= vocab_size || !(fminf(x_p, x_q) > kNegativeInfinity)) {
-    return false;
+// The least logits that filters keep of a position's rows.
+struct Thresholds {
+  float target = kNegativeInfinity, draft = kNegativeInfinity;
+
+  __device__ __forceinline__ float of(bool is_draft) const { return is_draft ? draft : target; }
+};
+
+// All threads of a cluster, each block of which has the statistics of the position's `rows` rows.
+// `halved`: half of the cluster searches in each of two rows.
+template <typename T>
+__device__ __forceinline__ Thresholds find_thresholds(const PositionShared& at,
+                                                      const Filters& filters, bool halved, int rows,
+                                                      int rank, int blocks, const T* x_p,
+                                                      const T* x_q, int vocab_size) {
+  using At = PositionShared;
+  const int tiles = num_tiles(vocab_size), team_size = halved ? blocks / 2 : blocks;
+  const Team team{rank % team_size, team_size, rank - rank % team_size, at.barrier};
+  Thresholds thresholds;
+  int exchange = 0;
+  for (int row = halved ? rank / team_size : 0; row < rows; row += halved ? rows : 1) {
+    const float found = find_threshold(*at.search, team, filters, row == 0 ? x_p : x_q,
+                                       at.stats + row * tiles, vocab_size, &exchange);
+    if (halved) {
+      if (team.rank == 0 && block_warp() == 0 && block_lane() < blocks) {
+        send_to_block(at.thresholds + row, at.pending + At::kThresholds, block_lane(), found);
+      }
+    } else if (row == 0) {
+      thresholds.target = found;
+    } else {
+      thresholds.draft = found;
+    }
   }
-  const int tiles = num_tiles(vocab_size);
-  const float scale = filters.scale, largest = warp_largest(stats, tiles, lane);
-  // All of the row that could be above the draft.
-  float above = 0.0f;
-  for (int tile = lane; tile < tiles; tile += kWarp) {
-    if (stats[tile].largest > x_p) above += tile_weight(stats[tile], largest, scale);
+  if (halved) {
+    wait_for_bytes(at.pending + At::kThresholds);
+    thresholds = {at.thresholds[0], at.thresholds[1]};
   }
-#pragma unroll
-  for (int d = 1; d < kWarp; d *= 2) above += __shfl_xor_sync(kAllLanes, above, d);
-  const double sum = warp_row_sum(stats, largest, scale, tiles, lane);
-  const bool in_share =
-      filters.top_p >= 1.0f || above < (1.0f - kMargin) * filters.top_p * static_cast<float>(sum);
-  const bool is_near =
-      !(filters.min_p > 0.0f) || keeps_min_p(x_p, largest, scale, filters.min_p * (1.0f + kMargin));
-  // With less of the row kept its probability is larger.
-  const double difference = static_cast<double>(x_q) - x_p;
-  const double least = logsumexp_of(sum, largest, scale) - draft_logsumexp;
-  const double log2_ratio = difference * scale + least * kLog2E;
-  const float ratio = exp2_portable(static_cast<float>(log2_ratio < 126 ? log2_ratio : 126));
-  return in_share && is_near && accepts(draft.u, ratio * (1.0f + kMargin), 1.0f);
+  return thresholds;
+}
+
+// All threads of a cluster: what thresholds leave of the tiles of the first `rows` rows, where that
+// is not known. `tell(i, stats)`: all blocks get what tile i has. It is there for the first `rows`
+// warps.
+template <typename T, typename Tell>
+__device__ __forceinline__ void sum_kept(const PositionShared& at, Thresholds thresholds,
+                                         bool sums_later, int rows, int rank, int blocks,
+                                         const T* x_p, const T* x_q, int vocab_size, float scale,
+                                         const Tell& tell) {
+  const int lane = block_lane(), tiles = num_tiles(vocab_size);
+  const auto changes = [&](float threshold) { return sums_later || threshold > kNegativeInfinity; };
+  if (!changes(thresholds.target) && !changes(thresholds.draft)) return;
+  const OwnTiles own(rank, blocks);
+  for (int i = own.first; i < rows * tiles; i += own.step) {
+    const bool is_draft = i >= tiles;
+    const float threshold = thresholds.of(is_draft);
+    TileStats found = at.stats[i];
+    __syncwarp();  // what is sent below overwrites it
+    if (changes(threshold)) {
+      // Where a tile was seen to have nothing to keep, it is not read again.
+      const bool is_kept = found.largest >= threshold;
+      found = {kNegativeInfinity, 0.0f};
+      if (is_kept) {
+        found = warp_kept_stats(is_draft ? x_q : x_p, is_draft ? i - tiles : i, vocab_size, scale,
+                                threshold, lane);
+      }
+    }
+    tell(i, found);
+  }
+  if (block_warp() < rows) wait_for_bytes(at.pending + PositionShared::kKeptStats);
 }
 
 // How many blocks a multiprocessor has registers for. The search for thresholds wants many, and so
@@ -205,23 +241,17 @@ __global__ void __launch_bounds__(kMaxWarps* kWarp, kResidentPositions<T, filter
   const int rows = num_draft_rows(a) > 0 && !greedy && !is_last ? 2 : 1;
   if (first >= tiles && first < rows * tiles) load(first, raw);
   const PositionShared at(shared, tiles, filtered);
-  // Where the draft's sum is known and not all blocks run at once the draft's row has its turn
-  // after the target's: most drafts are accepted without it. With top-k, for which a search does
-  // little, two rows at once are no slower; with float32 logits there are no registers for it.
-  const bool in_turns = filtered && sizeof(T) < 4 && early_exit && rows == 2 && a.draft_logsumexp &&
-                        !(a.top_k && a.top_k[b] > 0);
   const int summed_rows = a.draft_logsumexp ? 1 : rows;  // whose sums are not known before
   // Half of the cluster searches in each of two rows, where it can be halved.
-  const bool halved = filtered && rows == 2 && !in_turns && blocks % 2 == 0;
+  const bool halved = filtered && rows == 2 && blocks % 2 == 0;
   const int team_size = halved ? blocks / 2 : blocks;
   if (threadIdx.x == 0) {
     const int row_bytes = tiles * static_cast<int>(sizeof(TileStats));
-    expect_bytes(at.pending + At::kStats, (in_turns ? 1 : rows) * row_bytes);
+    expect_bytes(at.pending + At::kStats, rows * row_bytes);
     expect_sums(at.sums, tiles);
     expect_bytes(at.pending + At::kIsOver, static_cast<int>(sizeof(float)));
     if (filtered) {
       expect_bytes(at.pending + At::kKeptStats, summed_rows * row_bytes);
-      expect_bytes(at.pending + At::kDraftStats, row_bytes);
       expect_bytes(at.pending + At::kThresholds, rows * static_cast<int>(sizeof(float)));
       expect_arrivals(at.barrier, team_size);
     }
@@ -267,122 +297,60 @@ __global__ void __launch_bounds__(kMaxWarps* kWarp, kResidentPositions<T, filter
   }
   // Where all blocks run at once the card has time for rows that only a rejection reads.
   const bool ahead = !filtered && !early_exit && rows == 1 && x_q;
-  const Filters filters = filtered ? Filters(a, b) : Filters();
+  const Filters filters = filtered ? Filters(a, b) : Filters::none();
   const bool sums_first = !greedy && (!filters.any() || filters.want_sums());
-  float threshold_p = kNegativeInfinity, threshold_q = kNegativeInfinity;
-  int exchange = 0;
-  const auto leave_a_verdict = [&] {
-    if (rank != 0) return;
-    const int64_t position = static_cast<int64_t>(b) * (spec_length + 1) + k;
-    if (findings.verdicts) {
-      if (ends) findings.verdicts[position] = kEnds;  // kGoesOn is there
-    } else if (!ends) {
-      findings.tokens[position] = kPlaceholderTokenId;
-    }
-  };
-#pragma unroll 1
-  for (int turn = 0; turn < (in_turns ? 2 : 1); ++turn) {
-    const int begin = turn * tiles + first, end = (in_turns ? turn + 1 : rows) * tiles;
-    if (filtered && turn > 0 && begin < end) load(begin, raw);
-    for (int i = begin; i < end; i += step) {
-      if (ahead) prefetch_tile(static_cast<const T*>(nullptr), x_q, i, vocab_size, lane);
-      // The next tile's load comes first where there are registers for it, else when this tile
-      // wants fewer of them.
-      RawTile<T> next;
-      const auto load_next = [&](RawTile<T>& to) {
-        if (i + step < end) load(i + step, to);
-      };
-      if (filtered) load_next(next);
-      const TileStats found = warp_tile_stats(raw, scale, kNegativeInfinity, sums_first, [&] {
-        if (!filtered) load_next(raw);
-      });
-      if (filtered) raw = next;
-      tell(i, found, At::kDraftStats * turn);
-    }
-    if (filtered || warp < rows) wait_for_bytes(at.pending + At::kDraftStats * turn);
-    if constexpr (filtered) {
-      if (in_turns && turn == 0 && sums_first) {
-        if (warp == warps - 1) {
-          const bool sure =
-              warp_surely_accepts(at.stats, filters, draft, given.logsumexp, vocab_size, lane);
-          if (lane == 0) ends = !sure;
-        }
-        __syncthreads();
-        if (!ends) {
-          if (threadIdx.x == 0) leave_a_verdict();
-          return;
-        }
-      }
-      const Team team{rank % team_size, team_size, rank - rank % team_size, at.barrier};
-      for (int row = halved ? rank / team_size : turn; row * tiles < end;
-           row += halved ? rows : 1) {
-        const float found = find_threshold(*at.search, team, filters, row == 0 ? x_p : x_q,
-                                           at.stats + row * tiles, vocab_size, &exchange);
-        if (halved) {
-          if (team.rank == 0 && warp == 0 && lane < blocks) {
-            send_to_block(at.thresholds + row, at.pending + At::kThresholds, lane, found);
-          }
-        } else if (row == 0) {
-          threshold_p = found;
-        } else {
-          threshold_q = found;
-        }
-      }
-      if (halved) {
-        wait_for_bytes(at.pending + At::kThresholds);
-        threshold_p = at.thresholds[0];
-        threshold_q = at.thresholds[1];
-      }
-      const bool sums_later = !greedy && !sums_first;
-      const auto threshold_of = [&](int i) { return i < tiles ? threshold_p : threshold_q; };
-      const auto changes = [&](float threshold) {
-        return sums_later || threshold > kNegativeInfinity;
-      };
-      if (turn == 0 && (changes(threshold_p) || changes(threshold_q))) {
-        for (int i = first; i < summed_rows * tiles; i += step) {
-          const float threshold = threshold_of(i);
-          TileStats found = at.stats[i];
-          __syncwarp();  // what is sent below overwrites it
-          if (changes(threshold)) {
-            // Where a tile was seen to have nothing to keep, it is not read again.
-            const bool is_kept = found.largest >= threshold;
-            found = {kNegativeInfinity, 0.0f};
-            if (is_kept) {
-              found = warp_kept_stats(i < tiles ? x_p : x_q, i < tiles ? i : i - tiles, vocab_size,
-                                      scale, threshold, lane);
-            }
-          }
-          tell(i, found, At::kKeptStats);
-        }
-        if (warp < summed_rows) wait_for_bytes(at.pending + At::kKeptStats);
-      }
-    }
-    if (turn == 0 && warp < summed_rows) {
-      const RowSummary summary =
-          warp_summarize(warp == 0 ? x_p : x_q, at.stats + warp * tiles, scale,
-                         warp == 0 ? threshold_p : threshold_q, greedy, vocab_size, lane);
-      if (lane == 0) summaries[warp] = summary;
-    }
-    __syncthreads();
-    // Two threads decide, one whether the request ends here, one what it would draw from. In the
-    // first of two turns nothing of the draft is left out: a draft that is accepted then, is.
-    if (threadIdx.x == 0 || threadIdx.x == kWarp) {
-      Request decided = request();
-      decided.summaries.given = a.draft_logsumexp ? &given : nullptr;
-      if (filtered) decided.summaries.threshold = threshold_q;
-      if (threadIdx.x == kWarp) {
-        row = decided.row(k, is_last ? kPlaceholderTokenId : draft.id);
-      } else {
-        ends =
-            is_last || !decided.accepts_values(k, draft.id, draft.values, [&] { return draft.u; });
-        if (!in_turns || turn > 0 || !ends) leave_a_verdict();
-        if (rank == 0 && a.logsumexp) a.logsumexp[b] = summaries[0].logsumexp;
-        if (rank == 0 && spec_length == 0) a.base.num_accepted[b] = 0;
-      }
-    }
-    __syncthreads();
-    if (!ends) return;
+  Thresholds thresholds;
+  for (int i = first; i < rows * tiles; i += step) {
+    if (ahead) prefetch_tile(static_cast<const T*>(nullptr), x_q, i, vocab_size, lane);
+    // The next tile's load comes first where there are registers for it, else when this tile
+    // wants fewer of them.
+    RawTile<T> next;
+    const auto load_next = [&](RawTile<T>& to) {
+      if (i + step < rows * tiles) load(i + step, to);
+    };
+    if (filtered) load_next(next);
+    const TileStats found = warp_tile_stats(raw, scale, kNegativeInfinity, sums_first, [&] {
+      if (!filtered) load_next(raw);
+    });
+    if (filtered) raw = next;
+    tell(i, found, At::kStats);
   }
+  if (filtered || warp < rows) wait_for_bytes(at.pending + At::kStats);
+  if constexpr (filtered) {
+    thresholds = find_thresholds(at, filters, halved, rows, rank, blocks, x_p, x_q, vocab_size);
+    sum_kept(at, thresholds, !greedy && !sums_first, summed_rows, rank, blocks, x_p, x_q,
+             vocab_size, scale,
+             [&](int i, const TileStats& found) { tell(i, found, At::kKeptStats); });
+  }
+  if (warp < summed_rows) {
+    const RowSummary summary = warp_summarize(warp == 0 ? x_p : x_q, at.stats + warp * tiles, scale,
+                                              thresholds.of(warp > 0), greedy, vocab_size, lane);
+    if (lane == 0) summaries[warp] = summary;
+  }
+  __syncthreads();
+  // Two threads decide, one whether the request ends here, one what it would draw from.
+  if (threadIdx.x == 0 || threadIdx.x == kWarp) {
+    Request decided = request();
+    decided.summaries.given = a.draft_logsumexp ? &given : nullptr;
+    if (filtered) decided.summaries.threshold = thresholds.draft;
+    if (threadIdx.x == kWarp) {
+      row = decided.row(k, is_last ? kPlaceholderTokenId : draft.id);
+    } else {
+      ends = is_last || !decided.accepts_values(k, draft.id, draft.values, [&] { return draft.u; });
+      if (rank == 0) {
+        const int64_t position = static_cast<int64_t>(b) * (spec_length + 1) + k;
+        if (findings.verdicts) {
+          if (ends) findings.verdicts[position] = kEnds;  // kGoesOn is there
+        } else if (!ends) {
+          findings.tokens[position] = kPlaceholderTokenId;
+        }
+        if (a.logsumexp) a.logsumexp[b] = summaries[0].logsumexp;
+        if (spec_length == 0) a.base.num_accepted[b] = 0;
+      }
+    }
+  }
+  __syncthreads();
+  if (!ends) return;
   if (findings.rows) {
     if (rank != 0) return;
     const int64_t position = static_cast<int64_t>(b) * (spec_length + 1) + k;
@@ -396,9 +364,9 @@ __global__ void __launch_bounds__(kMaxWarps* kWarp, kResidentPositions<T, filter
     }
     return;
   }
-  draw_token<Step::kInCluster>(row, vocab_size, recovery_uniform, rank, blocks, at.sums,
-                               PositionOutput{a.base, findings.tokens, b, k},
-                               keeps ? at.kept : nullptr);
+  draw_token<Step::kInCluster, filtered>(row, vocab_size, recovery_uniform, rank, blocks, at.sums,
+                                         PositionOutput{a.base, findings.tokens, b, k},
+                                         keeps ? at.kept : nullptr);
 }
 
 // One warp: the first position that ends a request, the end of its drafts at the latest.

@@ -15,8 +15,9 @@ namespace {
 constexpr int kLargestTeam = 8;
 constexpr int kBins = 256;
 constexpr int kListed = 256;             // logits that are ranked by comparing each with each
-constexpr int kPending = kTile + kWarp;  // logits that a warp has found and not yet looked at
+constexpr int kPending = kTile + kWarp;  // logits of a warp's tiles, in the range last looked for
 constexpr float kLeastFloat = -kLargestFloat;
+constexpr float kFewNearFloor = 3.0f;  // octaves that keep_share tries above what is sure
 
 __device__ __forceinline__ int block_warp() { return static_cast<int>(threadIdx.x) / kWarp; }
 __device__ __forceinline__ int block_warps() { return static_cast<int>(blockDim.x) / kWarp; }
@@ -64,6 +65,13 @@ struct Finding {
   uint32_t count, least, most;
 };
 
+// What a warp went through last: its tiles' logits in a range, all of them among its pending ones;
+// count is -1 where they were too many.
+struct Seen {
+  int count;
+  float lo, hi;
+};
+
 // In dynamic shared memory, which the other blocks of the team store into.
 struct Search {
   uint32_t low[kBins], high[kBins];  // 64-bit sums: shared memory adds 32 bits natively
@@ -79,6 +87,7 @@ struct Search {
   uint64_t weights[kListed];
   float ranked[kListed];
   float pending[kMaxWarps][kPending];
+  Seen seen[kMaxWarps];
   uint64_t above, wanted;
   double sum;
   int bin;
@@ -113,7 +122,8 @@ __device__ __forceinline__ float logit_up_to(uint32_t key) {
 __device__ __forceinline__ float next_above(float logit) { return logit_of(key_of(logit) + 1); }
 
 // One warp: appends the logits of a tile that are at least lo, and below `above` unless that is
-// NaN, to `pending`, which holds `held`; how many it holds then. A call, as are the steps of the
+// NaN, to `pending`, which holds `held`; how many it holds then, or would if there were room:
+// nothing is appended where there is not. A call, as are the steps of the
 // search: they are many, and a warp waits longer for new instructions than for most else.
 template <typename T>
 __device__ __noinline__ int warp_collect(const T* x, int tile, int vocab_size, float lo,
@@ -126,14 +136,15 @@ __device__ __noinline__ int warp_collect(const T* x, int tile, int vocab_size, f
   if (above == above) bits &= ~bits_at_least(raw, above);
   if (!__ballot_sync(kAllLanes, bits != 0)) return held;
   const int hits = __popc(bits), scan = warp_inclusive(hits, lane);
+  const int total = held + __shfl_sync(kAllLanes, scan, kWarp - 1);
+  if (total > kPending) return total;
   float* at = pending + held + scan - hits;
 #pragma unroll
   for (int i = 0; i < RawTile<T>::kBits; ++i) {
     if (bits >> RawTile<T>::bit(i) & 1) *at++ = raw.of_bit(RawTile<T>::bit(i));
   }
-  held += __shfl_sync(kAllLanes, scan, kWarp - 1);
   __syncwarp();
-  return held;
+  return total;
 }
 
 template <typename T>
@@ -177,7 +188,8 @@ struct ThresholdSearch {
   float threshold = kNegativeInfinity;
 
   // All warps: f(is_one, x) by whole warps for the finite_logit x of this block's tiles that are in
-  // [lo, hi], lo above -inf: 32 at a time, as they are sparse.
+  // [lo, hi], lo above -inf: 32 at a time, as they are sparse. A range within the last one is
+  // looked for in what that left.
   template <typename F>
   __device__ __forceinline__ void each(float lo, float hi, const F& f) const {
     const int lane = block_lane(), vocab_size = this->vocab_size, tiles = num_tiles(vocab_size);
@@ -185,24 +197,37 @@ struct ThresholdSearch {
     const T* x = this->x;
     const TileStats* stats = this->stats;
     float* pending = here().pending[block_warp()];
-    int held = 0;
-    for (int tile = own.first;; tile += own.step) {
-      const bool is_done = tile >= tiles;
-      if (!is_done) {
+    Seen& seen = here().seen[block_warp()];
+    const bool is_known = seen.count >= 0 && seen.lo <= lo && seen.hi >= hi;
+    int tile = is_known ? tiles : own.first, held = is_known ? seen.count : 0, done = 0;
+    bool overflows = false;
+    for (;;) {
+      const bool is_last = tile >= tiles;
+      int total = held;
+      if (!is_last) {
         const float most = stats[tile].largest;
-        if (!(most >= lo)) continue;
-        held =
-            warp_collect(x, tile, vocab_size, lo, most > hi ? next_above(hi) : NAN, pending, held);
+        if (most >= lo) {
+          const float above = most > hi ? next_above(hi) : NAN;
+          total = warp_collect(x, tile, vocab_size, lo, above, pending, held);
+        }
       }
-      while (held >= kWarp || (is_done && held > 0)) {
-        const int first = held > kWarp ? held - kWarp : 0;
-        const bool is_one = first + lane < held;
-        f(is_one, is_one ? finite_logit(pending[first + lane]) : 0.0f);
-        held = first;
+      if (is_last || total > kPending) {
+        for (; done < held; done += kWarp) {
+          const int i = done + lane;
+          const float logit = i < held ? finite_logit(pending[i]) : 0.0f;
+          f(i < held && logit >= lo && logit <= hi, logit);
+        }
+        __syncwarp();
+        if (is_last) break;
+        overflows = true;
+        held = done = 0;  // and the same tile again
+      } else {
+        held = total;
+        tile += own.step;
       }
-      if (is_done) break;
-      __syncwarp();
     }
+    if (!is_known && lane == 0) seen = {overflows ? -1 : held, lo, hi};
+    __syncwarp();
   }
 
   // The Search, known to be in shared memory. What is reached through `this` is read again after
@@ -469,6 +494,7 @@ struct ThresholdSearch {
     float floor = down_to(-log2f(unit) - 1.0f);
     if (threshold > floor) floor = threshold;
     const float massless = floor;
+    float surest = floor;
     if (!is_ranked) {
       if (block_warp() == 0) {
         const double sum = warp_row_sum(stats, largest, scale, num_tiles(vocab_size), block_lane());
@@ -479,8 +505,12 @@ struct ThresholdSearch {
       // What is below the floor, V logits at most, has less mass than the share leaves out.
       const double left = goal.total - static_cast<double>(mass_wanted(top_p, goal.total));
       if (left > 0.0) {
-        const float found = down_to(log2f(static_cast<float>(left / vocab_size / unit)) - 1.0f);
+        const float octaves = log2f(static_cast<float>(left / vocab_size / unit)) - 1.0f;
+        const float found = down_to(octaves), guess = down_to(octaves + kFewNearFloor);
         floor = found > floor ? found : floor;
+        surest = floor;
+        // In most rows few logits are so near to the floor: a higher one leaves fewer to look at.
+        if (guess > floor && guess < largest) floor = guess;
       }
     }
     for (;;) {
@@ -501,7 +531,7 @@ struct ThresholdSearch {
         return;
       }
       if (floor == massless) return;  // rounding leaves out what was wanted: all are kept
-      floor = massless;
+      floor = floor > surest ? surest : massless;
     }
   }
 
@@ -520,13 +550,15 @@ struct Filters {
   int top_k;
   float top_p, min_p, scale;
 
+  Filters() = default;
+
   __device__ Filters(const LogitsParams& a, int64_t b)
       : top_k(a.top_k ? a.top_k[b] : 0),
         top_p(a.top_p ? a.top_p[b] : 1.0f),
         min_p(a.min_p ? a.min_p[b] : 0.0f),
         scale(a.scale(b)) {
     // They leave a greedy request as it is.
-    if (a.is_greedy(b)) *this = Filters{};
+    if (a.is_greedy(b)) *this = none();
     if (top_k >= a.base.vocab_size) top_k = 0;
   }
 
@@ -535,7 +567,13 @@ struct Filters {
   // Whether the search wants the tiles' sums, not only their largest logits.
   __device__ bool want_sums() const { return top_p < 1.0f && top_k <= 0; }
 
-  __device__ Filters() : top_k(0), top_p(1.0f), min_p(0.0f), scale(1.0f) {}
+  static __device__ Filters none() {
+    Filters filters;
+    filters.top_k = 0;
+    filters.top_p = filters.scale = 1.0f;
+    filters.min_p = 0.0f;
+    return filters;
+  }
 };
 
 // All threads of the team's blocks: the least logit that a row's filters keep, -inf where they keep
@@ -545,6 +583,8 @@ __device__ __noinline__ float find_threshold(Search& s, Team team, Filters filte
                                              const TileStats* stats, int vocab_size,
                                              int* exchange) {
   if (!filters.any()) return kNegativeInfinity;
+  if (block_lane() == 0) s.seen[block_warp()].count = -1;
+  __syncwarp();
   const float largest = warp_largest(stats, num_tiles(vocab_size), block_lane());
   if (!(largest > kNegativeInfinity)) return kNegativeInfinity;
   ThresholdSearch<T> search{

@@ -99,7 +99,7 @@ __device__ __forceinline__ void store_to_block(V* shared, int rank, V value) {
 }
 
 // A count of the bytes that send_to_block is still to bring, in shared memory. One thread sets it,
-// once, before its cluster_start.
+// once, before its cluster_start (or after a forget(), before its cluster_arrive).
 __device__ __forceinline__ void expect_bytes(uint64_t* pending, int bytes) {
 #if __CUDA_ARCH__ >= 900
   const uint32_t here = static_cast<uint32_t>(__cvta_generic_to_shared(pending));
@@ -107,6 +107,14 @@ __device__ __forceinline__ void expect_bytes(uint64_t* pending, int bytes) {
   asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(here), "r"(bytes)
                : "memory");
   asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
+#endif
+}
+
+// One thread: either kind of word may be set anew, once nothing more comes for it and nobody waits.
+__device__ __forceinline__ void forget(uint64_t* word) {
+#if __CUDA_ARCH__ >= 900
+  const uint32_t here = static_cast<uint32_t>(__cvta_generic_to_shared(word));
+  asm volatile("mbarrier.inval.shared::cta.b64 [%0];" ::"r"(here) : "memory");
 #endif
 }
 
@@ -162,7 +170,7 @@ __device__ __forceinline__ void wait_for_bytes(uint64_t* pending) {
 }
 
 // A barrier of several blocks, one such word in each block's shared memory: a phase ends with
-// `count` arrivals. One thread sets it, once, before its cluster_start.
+// `count` arrivals. One thread sets it, once, as it does expect_bytes.
 __device__ __forceinline__ void expect_arrivals(uint64_t* barrier, int count) {
 #if __CUDA_ARCH__ >= 900
   const uint32_t here = static_cast<uint32_t>(__cvta_generic_to_shared(barrier));
@@ -416,9 +424,16 @@ FR_HOST_DEVICE constexpr int64_t kept_bytes(int tiles) {
   return tiles * kPaddedTile * static_cast<int64_t>(sizeof(float));
 }
 
-// One warp: the sum of a tile's weights, in every lane; unless `weights` is null, they go there,
-// every span followed by a gap.
+// One warp: false where no lane's element has a weight, as filters leave most places of a tile.
 template <typename Row>
+__device__ __forceinline__ bool warp_may_weigh(const Row& row, float p_i) {
+  if constexpr (Row::kTargetIsLogits) return __any_sync(kAllLanes, row.keeps(p_i));
+  return true;
+}
+
+// One warp: the sum of a tile's weights, in every lane; unless `weights` is null, they go there,
+// every span followed by a gap. `filtered`: whether it pays to look for places without weight.
+template <bool filtered = false, typename Row>
 __device__ __forceinline__ float warp_weigh_tile(const Row& row, int tile, int vocab_size, int lane,
                                                  float* weights) {
   using T = ElementOf<Row>;
@@ -441,7 +456,10 @@ __device__ __forceinline__ float warp_weigh_tile(const Row& row, int tile, int v
       for (int i = 0; i < 8; ++i) w[i] = row.with_plain_draft(p.at(i), q.at(i));
     } else {
 #pragma unroll
-      for (int i = 0; i < 8; ++i) w[i] = row.with_draft(p.at(i), q.at(i));
+      for (int i = 0; i < 8; ++i) {
+        w[i] = 0.0f;
+        if (!filtered || warp_may_weigh(row, p.at(i))) w[i] = row.with_draft(p.at(i), q.at(i));
+      }
     }
     if (weights) {
       const int at = lane * kVector<T> + RawTile<T>::index(half, 0);
@@ -651,6 +669,15 @@ __device__ __forceinline__ double warp_total(const float* weights, int count, in
 template <typename Row>
 constexpr bool kHasStats = requires(const Row& row) { row.tile_mass(0); };
 
+// Whether filters are known to have left nothing of a tile.
+template <typename Row>
+__device__ __forceinline__ bool has_nothing(const Row& row, int tile) {
+  if constexpr (kHasStats<Row>) {
+    return row.stats && !(row.stats[tile].largest > -INFINITY);
+  }
+  return false;
+}
+
 // One warp: those weights.
 template <typename Row>
 __device__ __forceinline__ void warp_store_masses(const Row& row, int tiles, int lane,
@@ -754,7 +781,8 @@ struct RequestOutput {
 // Draws from a row and stores into `output`, for all threads of the blocks that share it, of which
 // this one is `rank`. `row` is in shared memory. `kept`: shared memory for the padded weights of
 // all tiles that this block sums, or null: then those of the tile drawn from are taken again.
-template <Step step, typename Row, typename Output>
+// `filtered`: whether it pays to look for tiles and places without weight.
+template <Step step, bool filtered = false, typename Row, typename Output>
 __device__ __forceinline__ void draw_token(Row& row, int vocab_size, const float& u, int rank,
                                            int blocks_per_row, const TileSums& all,
                                            const Output& output, float* kept) {
@@ -820,7 +848,10 @@ __device__ __forceinline__ void draw_token(Row& row, int vocab_size, const float
         prefetch_tile(here.p, here.q, tile + own.step, vocab_size, lane);
       }
       // In one place, so that the tile drawn from finds its instructions there.
-      const float sum = warp_weigh_tile(here, tile, vocab_size, lane, drawing ? weights : slot);
+      float sum = 0.0f;
+      if (!filtered || !has_nothing(here, tile)) {
+        sum = warp_weigh_tile<filtered>(here, tile, vocab_size, lane, drawing ? weights : slot);
+      }
       if (drawing) {
         const int token = warp_pick_token(weights, {tile, rest}, lane);
         if (lane == 0) output.store_token(token);

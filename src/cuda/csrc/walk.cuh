@@ -1,0 +1,212 @@
+// Verification from logits with top-p for more requests than have all their positions worked on at
+// once: a request has a cluster of blocks, which walk through its positions until one ends it, and
+// draw there. Nothing is read for nothing, and a draft that would be accepted whatever the filters
+// leave out needs no search. One launch, no workspace.
+#pragma once
+
+#include "positions.cuh"
+
+namespace fused_rejection {
+namespace {
+
+// One warp: at most the logsumexp of what filters keep of a row; `stats` are of the whole row, and
+// top-p and min_p are all the filters.
+__device__ __noinline__ double warp_least_logsumexp(const TileStats* stats, const Filters& filters,
+                                                    int vocab_size, int lane) {
+  const int tiles = num_tiles(vocab_size);
+  const float largest = warp_largest(stats, tiles, lane);
+  // The largest logit is always kept. Beside itself it weighs 0.7 at least.
+  if (filters.min_p > 0.0f || !(filters.top_p > 0.0f)) {
+    return logsumexp_of(0.5, largest, filters.scale);
+  }
+  const double sum = warp_row_sum(stats, largest, filters.scale, tiles, lane);
+  return logsumexp_of(sum * (filters.top_p < 1.0f ? filters.top_p : 1.0f), largest, filters.scale);
+}
+
+// One warp, which has `draft`: whether a draft is accepted whatever the filters leave out, by more
+// than roundings could change, so that nobody needs to look for what they keep. `stats` are of the
+// target's whole row, draft_logsumexp is at most that of what is kept of the draft's.
+__device__ __noinline__ bool warp_surely_accepts(const TileStats* stats, const Filters& filters,
+                                                 const DraftToken& draft, double draft_logsumexp,
+                                                 int vocab_size, int lane) {
+  constexpr float kMargin = 0x1p-10f;
+  const float x_p = finite_logit(draft.values.target), x_q = finite_logit(draft.values.draft);
+  if (draft.id < 0 || draft.id >= vocab_size || !(fminf(x_p, x_q) > kNegativeInfinity)) {
+    return false;
+  }
+  const int tiles = num_tiles(vocab_size);
+  const float scale = filters.scale, largest = warp_largest(stats, tiles, lane);
+  // All of the row that could be above the draft.
+  float above = 0.0f;
+  for (int tile = lane; tile < tiles; tile += kWarp) {
+    if (stats[tile].largest > x_p) above += tile_weight(stats[tile], largest, scale);
+  }
+#pragma unroll
+  for (int d = 1; d < kWarp; d *= 2) above += __shfl_xor_sync(kAllLanes, above, d);
+  const double sum = warp_row_sum(stats, largest, scale, tiles, lane);
+  const bool in_share =
+      filters.top_p >= 1.0f || above < (1.0f - kMargin) * filters.top_p * static_cast<float>(sum);
+  const bool is_near =
+      !(filters.min_p > 0.0f) || keeps_min_p(x_p, largest, scale, filters.min_p * (1.0f + kMargin));
+  // With less of the row kept its probability is larger.
+  const double difference = static_cast<double>(x_q) - x_p;
+  const double least = logsumexp_of(sum, largest, scale) - draft_logsumexp;
+  const double log2_ratio = difference * scale + least * kLog2E;
+  const float ratio = exp2_portable(static_cast<float>(log2_ratio < 126 ? log2_ratio : 126));
+  return in_share && is_near && accepts(draft.u, ratio * (1.0f + kMargin), 1.0f);
+}
+
+// Every block of a cluster has a multiprocessor to itself: the search wants the registers.
+template <typename T>
+__global__ void __launch_bounds__(kMaxWarps* kWarp, 1)
+    walk_kernel(const __grid_constant__ LogitsParams a, int blocks) {
+  using Request = LogitsRequest<T, PositionSummaries>;
+  using At = PositionShared;
+  __shared__ RowSummary summaries[2], given;
+  __shared__ DraftToken draft;
+  __shared__ LogitsRow<T> row;
+  __shared__ float recovery_uniform;
+  __shared__ bool ends;
+  __shared__ Filters filters;  // in a register each they would take four that the loops want
+  FR_DYNAMIC_SHARED(uint64_t, shared);
+
+  wait_for_launch_before();
+  allow_next_launch();
+  const int lane = threadIdx.x % kWarp, warp = threadIdx.x / kWarp, warps = blockDim.x / kWarp;
+  const int rank = static_cast<int>(cluster_rank());
+  const unsigned b = cluster_index();
+  const unsigned spec_length = static_cast<unsigned>(a.base.spec_length);
+  const int vocab_size = static_cast<int>(a.base.vocab_size), tiles = num_tiles(vocab_size);
+  const int first = rank * warps + warp, step = warps * blocks;
+  const PositionShared at(shared, tiles, true);
+  int drafts = static_cast<int>(spec_length);
+  if (a.base.num_draft_tokens)
+    drafts = a.base.num_draft_tokens[b] < drafts ? a.base.num_draft_tokens[b] : drafts;
+  const float scale = a.scale(b);
+  const bool greedy = a.is_greedy(b);
+  if (threadIdx.x == 0) filters = Filters(a, b);
+  __syncthreads();
+  const bool sums_first = !greedy && (!filters.any() || filters.want_sums());
+  const auto request = [&] { return Request(a, b, {summaries}, scale, greedy); };
+  if (warp == warps - 1) {
+    const float u = uniform(a.base, b, spec_length);
+    if (lane == 0) recovery_uniform = u;
+  }
+  unsigned k = 0;
+  for (;; ++k) {
+    const bool is_last = static_cast<int>(k) >= drafts;
+    const T* x_p = static_cast<const T*>(a.base.target_probs) + b * a.base.target_row_stride +
+                   k * a.base.target_position_stride;
+    const T* x_q = nullptr;
+    if (!is_last && a.base.draft_probs) {
+      x_q = static_cast<const T*>(a.base.draft_probs) + b * a.base.draft_row_stride +
+            k * a.base.draft_position_stride;
+    }
+    const int rows = num_draft_rows(a) > 0 && !greedy && !is_last ? 2 : 1;
+    const int summed_rows = a.draft_logsumexp ? 1 : rows;  // whose sums are not known before
+    // Half of the cluster searches in each of two rows, where it can be halved.
+    const bool halved = rows == 2 && blocks % 2 == 0;
+    const auto load = [&](int i, RawTile<T>& raw) {
+      load_tile(i < tiles ? x_p : x_q, i < tiles ? i : i - tiles, vocab_size,
+                kNegativeInfinityWord<T>, lane, raw);
+    };
+    RawTile<T> raw;
+    if (first < summed_rows * tiles) load(first, raw);
+    if (threadIdx.x == 0) {
+      if (k > 0) {
+        for (int i = 0; i < At::kCounts; ++i) forget(at.pending + i);
+        forget(at.barrier);
+      }
+      const int row_bytes = tiles * static_cast<int>(sizeof(TileStats));
+      expect_bytes(at.pending + At::kStats, summed_rows * row_bytes);
+      expect_bytes(at.pending + At::kDraftStats, row_bytes);
+      expect_bytes(at.pending + At::kKeptStats, summed_rows * row_bytes);
+      expect_bytes(at.pending + At::kThresholds, rows * static_cast<int>(sizeof(float)));
+      expect_arrivals(at.barrier, halved ? blocks / 2 : blocks);
+      expect_sums(at.sums, tiles);
+    }
+    if (warp == warps - 1 && lane == 0 && !is_last) {
+      const int64_t id = request().id(k);
+      draft = {id, uniform(a.base, b, k), request().values(k, id)};
+      if (a.draft_logsumexp) {
+        const double sum = a.draft_logsumexp[static_cast<int64_t>(b) * spec_length + k];
+        given = {sum, nullptr, 0.0f, kNegativeInfinity, -1};
+      }
+    }
+    __syncwarp();
+    if (k == 0) {
+      cluster_start();
+    } else {
+      cluster_arrive();  // publishes that nobody here reads any more what was sent before
+    }
+    cluster_wait();
+    const auto tell = [&](int i, const TileStats& found, int count) {
+      if (lane < blocks) {
+        send_pair_to_block(&at.stats[i].largest, at.pending + count, lane, found.largest,
+                           found.sum);
+      }
+    };
+    // Where its logsumexp was given the draft's row is read only where there is a search.
+#pragma unroll 1
+    for (int turn = 0; turn < 2; ++turn) {
+      const int begin = turn * summed_rows * tiles + first;
+      const int end = (turn ? rows : summed_rows) * tiles;
+      if (turn > 0 && begin < end) load(begin, raw);
+      for (int i = begin; i < end; i += step) {
+        const TileStats found = warp_tile_stats(raw, scale, kNegativeInfinity, sums_first, [&] {
+          if (i + step < end) load(i + step, raw);
+        });
+        tell(i, found, turn ? At::kDraftStats : At::kStats);
+      }
+      if (turn > 0) {
+        if (rows > summed_rows) wait_for_bytes(at.pending + At::kDraftStats);
+        break;
+      }
+      wait_for_bytes(at.pending + At::kStats);
+      if (rows == 1 || !sums_first) continue;
+      if (warp == warps - 1) {
+        const double least =
+            a.draft_logsumexp ? given.logsumexp
+                              : warp_least_logsumexp(at.stats + tiles, filters, vocab_size, lane);
+        const bool sure = warp_surely_accepts(at.stats, filters, draft, least, vocab_size, lane);
+        if (lane == 0) ends = !sure;
+      }
+      __syncthreads();
+      if (!ends) break;
+    }
+    if (rows == 2 && sums_first && !ends) continue;
+    const Thresholds thresholds =
+        find_thresholds(at, filters, halved, rows, rank, blocks, x_p, x_q, vocab_size);
+    sum_kept(at, thresholds, !greedy && !sums_first, summed_rows, rank, blocks, x_p, x_q,
+             vocab_size, scale,
+             [&](int i, const TileStats& found) { tell(i, found, At::kKeptStats); });
+    if (warp < summed_rows) {
+      const RowSummary summary =
+          warp_summarize(warp == 0 ? x_p : x_q, at.stats + warp * tiles, scale,
+                         thresholds.of(warp > 0), greedy, vocab_size, lane);
+      if (lane == 0) summaries[warp] = summary;
+    }
+    __syncthreads();
+    // Two threads decide, one whether the request ends here, one what it would draw from.
+    if (threadIdx.x == 0 || threadIdx.x == kWarp) {
+      Request decided = request();
+      decided.summaries.given = a.draft_logsumexp ? &given : nullptr;
+      decided.summaries.threshold = thresholds.draft;
+      if (threadIdx.x == kWarp) {
+        row = decided.row(k, is_last ? kPlaceholderTokenId : draft.id);
+      } else {
+        ends =
+            is_last || !decided.accepts_values(k, draft.id, draft.values, [&] { return draft.u; });
+      }
+    }
+    __syncthreads();
+    if (ends) break;
+  }
+  using Outputs = fused_rejection::Request<T>;
+  const Outputs outputs(a.base, b);
+  draw_token<Step::kInCluster, true>(row, vocab_size, recovery_uniform, rank, blocks, at.sums,
+                                     RequestOutput<Outputs>{outputs, k}, nullptr);
+}
+
+}  // namespace
+}  // namespace fused_rejection
