@@ -356,8 +356,8 @@ MUTANTS = [
     Mutant(
         "logits: a draft whose sum is not known counts as if its filters left nothing out",
         WALK,
-        "sum * (filters.top_p < 1.0f ? filters.top_p : 1.0f)",
-        "sum",
+        "total *= filters.top_p;",
+        "",
     ),
     Mutant(
         "logits: who walks does not wait for the statistics of the draft's row",
@@ -374,8 +374,8 @@ MUTANTS = [
     Mutant(
         "logits: a cluster walks on after a draft that filters may leave out",
         WALK,
-        "if (lane == 0) ends = !sure;",
-        "if (lane == 0) ends = false;",
+        "if (is_sure) continue;",
+        "if (rows == 2) continue;",
     ),
     Mutant(
         "thresholds: what overflowed a warp's list counts as seen",

@@ -80,6 +80,7 @@ def test_positions_of_more_drafts_than_a_warp_has_lanes():
     for b, equal in enumerate((0, 20, 50, 70)):  # drafts that are accepted whatever is drawn
         case["draft_logits"][b, :equal] = case["target_logits"][b, :equal]
     check_positions(case)
+    check_positions(case, top_p=torch.full((4,), 0.9))
 
 
 @pytest.mark.parametrize("factor", [0.97, 1.03])

@@ -36,7 +36,7 @@ IN_CLUSTERS = ("positions_kernel", "decide_kernel", "draw_kernel")
 OTHERS = (
     "thread_per_row_kernel",
     "threshold_kernel",
-    "walk_kernel",  # up to 50 bytes, stored once a position, outside of its loops
+    "walk_kernel",  # up to 42 bytes, stored once a position, outside of its loops
     "clear_kernel",
     "finish_kernel",
     "floor_kernel",

@@ -535,7 +535,7 @@ struct LogitsPlan {
   int blocks_per_position;
   bool early_exit;
   int blocks_per_walk;  // of the cluster that walks through a request's positions, 0: none does
-  int kept_tiles;  // tiles whose weights a block of a position keeps in shared memory
+  int kept_tiles;       // tiles whose weights a block of a position keeps in shared memory
   // Tiles that a warp of decide_kernel takes, 0 where positions_kernel decides; and one of
   // draw_kernel.
   int deciding_share, drawing_share;

@@ -203,10 +203,8 @@ int blocks_per_position(const LogitsParams& a, const Device& device) {
   const bool one = has_one_block_a_multiprocessor(a);
   const int64_t positions = num_target_rows(a.base), at_once = blocks_at_once(a, device);
   const int64_t tiles = num_tiles(a.base.vocab_size) * (num_draft_rows(a) > 0 ? 2 : 1);
-  // A search for top-k alone is short: a larger cluster of it waits more than it saves.
-  const bool only_ranked = a.top_k && !a.top_p && !a.min_p;
   int blocks = 2;
-  if (4 * positions <= (only_ranked ? 4 : one ? 5 : 18) * device.multiprocessors) blocks = 4;
+  if (4 * positions <= (one ? 5 : 18) * device.multiprocessors) blocks = 4;
   if (8 * positions <= at_once * 5 / 4) blocks = kPortableCluster;
   static_assert(kPortableCluster <= kLargestTeam);
   if (!one && positions <= device.large_clusters[kLargestCluster]) blocks = kLargestCluster;
@@ -216,13 +214,12 @@ int blocks_per_position(const LogitsParams& a, const Device& device) {
 
 // Blocks that walk through a request's positions, 0 where all positions at once are faster. With
 // top-p most drafts are accepted without a search, from the tiles' sums; but few requests have the
-// card to themselves, and float32 rows, two at once, are long to read. As many blocks as let all
-// requests have theirs at once, or two; a search by more than eight waits more than it saves.
+// card to themselves. As many blocks as let all requests have theirs at once, or two; a search by
+// more than eight waits more than it saves.
 int blocks_per_walk(const LogitsParams& a, const Device& device) {
   const bool sums_tell = a.top_p && !a.top_k && num_draft_rows(a) > 0;
-  const bool one_row = a.draft_logsumexp || a.base.dtype != Dtype::kFloat32;
   const bool many = 4 * num_target_rows(a.base) > device.multiprocessors;
-  if (!sums_tell || !one_row || !many) return 0;
+  if (!sums_tell || !many) return 0;
   int blocks = kPortableCluster;
   const int tiles = num_tiles(a.base.vocab_size);
   while (blocks > 2 &&

@@ -9,52 +9,79 @@
 namespace fused_rejection {
 namespace {
 
-// One warp: at most the logsumexp of what filters keep of a row; `stats` are of the whole row, and
-// top-p and min_p are all the filters.
-__device__ __noinline__ double warp_least_logsumexp(const TileStats* stats, const Filters& filters,
-                                                    int vocab_size, int lane) {
-  const int tiles = num_tiles(vocab_size);
-  const float largest = warp_largest(stats, tiles, lane);
-  // The largest logit is always kept. Beside itself it weighs 0.7 at least.
-  if (filters.min_p > 0.0f || !(filters.top_p > 0.0f)) {
-    return logsumexp_of(0.5, largest, filters.scale);
-  }
-  const double sum = warp_row_sum(stats, largest, filters.scale, tiles, lane);
-  return logsumexp_of(sum * (filters.top_p < 1.0f ? filters.top_p : 1.0f), largest, filters.scale);
-}
+// A draft, and the draft's logsumexp at its position where that was given.
+struct DraftOfWalk {
+  DraftToken token;
+  double logsumexp;
+};
 
-// One warp, which has `draft`: whether a draft is accepted whatever the filters leave out, by more
-// than roundings could change, so that nobody needs to look for what they keep. `stats` are of the
-// target's whole row, draft_logsumexp is at most that of what is kept of the draft's.
-__device__ __noinline__ bool warp_surely_accepts(const TileStats* stats, const Filters& filters,
-                                                 const DraftToken& draft, double draft_logsumexp,
-                                                 int vocab_size, int lane) {
-  constexpr float kMargin = 0x1p-10f;
-  const float x_p = finite_logit(draft.values.target), x_q = finite_logit(draft.values.draft);
-  if (draft.id < 0 || draft.id >= vocab_size || !(fminf(x_p, x_q) > kNegativeInfinity)) {
-    return false;
-  }
-  const int tiles = num_tiles(vocab_size);
-  const float scale = filters.scale, largest = warp_largest(stats, tiles, lane);
-  // All of the row that could be above the draft.
-  float above = 0.0f;
-  for (int tile = lane; tile < tiles; tile += kWarp) {
-    if (stats[tile].largest > x_p) above += tile_weight(stats[tile], largest, scale);
-  }
+// What tells whether a draft is accepted whatever the filters leave out: of the target's whole row
+// and the draft's. Each is found by another warp.
+struct Evidence {
+  float above;  // all that could be above the draft's token in the target's row, as `sum` counts
+  float largest, sum;
+  double target_logsumexp, draft_logsumexp;  // the draft's at most that of what filters keep
+
+  enum Kind { kAbove, kTarget, kDraft, kKinds };
+
+  // One warp. top-p and min_p are all the filters; `stats` are of the target's row, then, unless
+  // its logsumexp was given, of the draft's.
+  __device__ __noinline__ void warp_find(int kind, const TileStats* stats, const Filters& filters,
+                                         const DraftOfWalk& draft, bool is_given, int tiles,
+                                         int lane) {
+    if (kind == kDraft && is_given) {
+      if (lane == 0) draft_logsumexp = draft.logsumexp;
+      return;
+    }
+    if (kind == kDraft) stats += tiles;
+    const float scale = filters.scale, most = warp_largest(stats, tiles, lane);
+    if (kind == kAbove) {
+      const float x = finite_logit(draft.token.values.target);
+      float found = 0.0f;
+      for (int tile = lane; tile < tiles; tile += kWarp) {
+        if (stats[tile].largest > x) found += tile_weight(stats[tile], most, scale);
+      }
 #pragma unroll
-  for (int d = 1; d < kWarp; d *= 2) above += __shfl_xor_sync(kAllLanes, above, d);
-  const double sum = warp_row_sum(stats, largest, scale, tiles, lane);
-  const bool in_share =
-      filters.top_p >= 1.0f || above < (1.0f - kMargin) * filters.top_p * static_cast<float>(sum);
-  const bool is_near =
-      !(filters.min_p > 0.0f) || keeps_min_p(x_p, largest, scale, filters.min_p * (1.0f + kMargin));
-  // With less of the row kept its probability is larger.
-  const double difference = static_cast<double>(x_q) - x_p;
-  const double least = logsumexp_of(sum, largest, scale) - draft_logsumexp;
-  const double log2_ratio = difference * scale + least * kLog2E;
-  const float ratio = exp2_portable(static_cast<float>(log2_ratio < 126 ? log2_ratio : 126));
-  return in_share && is_near && accepts(draft.u, ratio * (1.0f + kMargin), 1.0f);
-}
+      for (int d = 1; d < kWarp; d *= 2) found += __shfl_xor_sync(kAllLanes, found, d);
+      if (lane == 0) above = found;
+      return;
+    }
+    double total = warp_row_sum(stats, most, scale, tiles, lane);
+    if (lane != 0) return;
+    if (kind == kTarget) {
+      largest = most;
+      sum = static_cast<float>(total);
+      target_logsumexp = logsumexp_of(total, most, scale);
+      return;
+    }
+    // The largest logit is always kept. Beside itself it weighs 0.7 at least.
+    const bool only_largest = filters.min_p > 0.0f || !(filters.top_p > 0.0f);
+    if (only_largest) {
+      total = 0.5;
+    } else if (filters.top_p < 1.0f) {
+      total *= filters.top_p;
+    }
+    draft_logsumexp = logsumexp_of(total, most, scale);
+  }
+
+  // By more than roundings could change.
+  __device__ __forceinline__ bool surely_accepts(const DraftToken& draft, const Filters& filters,
+                                                 int vocab_size) const {
+    constexpr float kMargin = 0x1p-10f;
+    const float x_p = finite_logit(draft.values.target), x_q = finite_logit(draft.values.draft);
+    if (draft.id < 0 || draft.id >= vocab_size || !(fminf(x_p, x_q) > kNegativeInfinity)) {
+      return false;
+    }
+    const float scale = filters.scale, near = filters.min_p * (1.0f + kMargin);
+    const bool in_share = filters.top_p >= 1.0f || above < (1.0f - kMargin) * filters.top_p * sum;
+    const bool is_near = !(filters.min_p > 0.0f) || keeps_min_p(x_p, largest, scale, near);
+    // With less of the target's row kept its probability is larger.
+    const double difference = static_cast<double>(x_q) - x_p;
+    const double log2_ratio = difference * scale + (target_logsumexp - draft_logsumexp) * kLog2E;
+    const float ratio = exp2_portable(static_cast<float>(log2_ratio < 126 ? log2_ratio : 126));
+    return in_share && is_near && accepts(draft.u, ratio * (1.0f + kMargin), 1.0f);
+  }
+};
 
 // Every block of a cluster has a multiprocessor to itself: the search wants the registers.
 template <typename T>
@@ -62,8 +89,9 @@ __global__ void __launch_bounds__(kMaxWarps* kWarp, 1)
     walk_kernel(const __grid_constant__ LogitsParams a, int blocks) {
   using Request = LogitsRequest<T, PositionSummaries>;
   using At = PositionShared;
-  __shared__ RowSummary summaries[2], given;
-  __shared__ DraftToken draft;
+  __shared__ RowSummary summaries[2];
+  __shared__ DraftOfWalk drafts_ahead[kWarp];
+  __shared__ Evidence evidence;
   __shared__ LogitsRow<T> row;
   __shared__ float recovery_uniform;
   __shared__ bool ends;
@@ -112,33 +140,33 @@ __global__ void __launch_bounds__(kMaxWarps* kWarp, 1)
     };
     RawTile<T> raw;
     if (first < summed_rows * tiles) load(first, raw);
-    if (threadIdx.x == 0) {
-      if (k > 0) {
-        for (int i = 0; i < At::kCounts; ++i) forget(at.pending + i);
-        forget(at.barrier);
-      }
+    if (warp == 0 && lane <= At::kCounts) {  // a lane a word
+      if (k > 0) forget(at.pending + lane);
       const int row_bytes = tiles * static_cast<int>(sizeof(TileStats));
-      expect_bytes(at.pending + At::kStats, summed_rows * row_bytes);
-      expect_bytes(at.pending + At::kDraftStats, row_bytes);
-      expect_bytes(at.pending + At::kKeptStats, summed_rows * row_bytes);
-      expect_bytes(at.pending + At::kThresholds, rows * static_cast<int>(sizeof(float)));
-      expect_arrivals(at.barrier, halved ? blocks / 2 : blocks);
-      expect_sums(at.sums, tiles);
-    }
-    if (warp == warps - 1 && lane == 0 && !is_last) {
-      const int64_t id = request().id(k);
-      draft = {id, uniform(a.base, b, k), request().values(k, id)};
-      if (a.draft_logsumexp) {
-        const double sum = a.draft_logsumexp[static_cast<int64_t>(b) * spec_length + k];
-        given = {sum, nullptr, 0.0f, kNegativeInfinity, -1};
+      int bytes = tiles * static_cast<int>(sizeof(float));  // TileSums
+      if (lane == At::kStats || lane == At::kKeptStats) bytes = summed_rows * row_bytes;
+      if (lane == At::kDraftStats) bytes = row_bytes;
+      if (lane == At::kThresholds) bytes = rows * static_cast<int>(sizeof(float));
+      if (lane < At::kCounts) {
+        expect_bytes(at.pending + lane, bytes);
+      } else {
+        expect_arrivals(at.barrier, halved ? blocks / 2 : blocks);
       }
     }
-    __syncwarp();
-    if (k == 0) {
-      cluster_start();
-    } else {
-      cluster_arrive();  // publishes that nobody here reads any more what was sent before
+    if (k > 0 && k % kWarp == 0) __syncthreads();  // nobody reads the drafts before
+    if (warp == warps - 1 && k % kWarp == 0 && static_cast<int>(k) + lane < drafts) {
+      const int64_t at_k = k + lane, id = request().id(at_k);
+      DraftOfWalk& ahead = drafts_ahead[lane];
+      ahead.token = {id, uniform(a.base, b, at_k), request().values(at_k, id)};
+      if (a.draft_logsumexp) {
+        ahead.logsumexp = a.draft_logsumexp[static_cast<int64_t>(b) * spec_length + at_k];
+      }
     }
+    const DraftOfWalk& draft = drafts_ahead[k % kWarp];
+    __syncwarp();
+    // After it the words are set, the drafts are there, and nobody reads any more what was sent
+    // before.
+    cluster_arrive();
     cluster_wait();
     const auto tell = [&](int i, const TileStats& found, int count) {
       if (lane < blocks) {
@@ -146,6 +174,7 @@ __global__ void __launch_bounds__(kMaxWarps* kWarp, 1)
                            found.sum);
       }
     };
+    bool is_sure = false;
     // Where its logsumexp was given the draft's row is read only where there is a search.
 #pragma unroll 1
     for (int turn = 0; turn < 2; ++turn) {
@@ -164,17 +193,15 @@ __global__ void __launch_bounds__(kMaxWarps* kWarp, 1)
       }
       wait_for_bytes(at.pending + At::kStats);
       if (rows == 1 || !sums_first) continue;
-      if (warp == warps - 1) {
-        const double least =
-            a.draft_logsumexp ? given.logsumexp
-                              : warp_least_logsumexp(at.stats + tiles, filters, vocab_size, lane);
-        const bool sure = warp_surely_accepts(at.stats, filters, draft, least, vocab_size, lane);
-        if (lane == 0) ends = !sure;
+      for (int kind = warp; kind < Evidence::kKinds; kind += warps) {
+        evidence.warp_find(kind, at.stats, filters, draft, a.draft_logsumexp != nullptr, tiles,
+                           lane);
       }
       __syncthreads();
-      if (!ends) break;
+      is_sure = evidence.surely_accepts(draft.token, filters, vocab_size);
+      if (is_sure) break;
     }
-    if (rows == 2 && sums_first && !ends) continue;
+    if (is_sure) continue;
     const Thresholds thresholds =
         find_thresholds(at, filters, halved, rows, rank, blocks, x_p, x_q, vocab_size);
     sum_kept(at, thresholds, !greedy && !sums_first, summed_rows, rank, blocks, x_p, x_q,
@@ -189,14 +216,16 @@ __global__ void __launch_bounds__(kMaxWarps* kWarp, 1)
     __syncthreads();
     // Two threads decide, one whether the request ends here, one what it would draw from.
     if (threadIdx.x == 0 || threadIdx.x == kWarp) {
+      const DraftToken& token = draft.token;
       Request decided = request();
+      const RowSummary given = {draft.logsumexp, nullptr, 0.0f, kNegativeInfinity, -1};
       decided.summaries.given = a.draft_logsumexp ? &given : nullptr;
       decided.summaries.threshold = thresholds.draft;
       if (threadIdx.x == kWarp) {
-        row = decided.row(k, is_last ? kPlaceholderTokenId : draft.id);
+        row = decided.row(k, is_last ? kPlaceholderTokenId : token.id);
       } else {
         ends =
-            is_last || !decided.accepts_values(k, draft.id, draft.values, [&] { return draft.u; });
+            is_last || !decided.accepts_values(k, token.id, token.values, [&] { return token.u; });
       }
     }
     __syncthreads();
