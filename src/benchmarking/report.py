@@ -33,7 +33,7 @@ def readme_text(readme: str, recorded: Path) -> str:
 def _recorded_tables(script: str, recorded: Path) -> str:
     if script == "glance":
         first, *_ = scripts = list(INPUTS)
-        card = next(iter(_recorded(f"*/{first}.json", recorded)), recorded / "none")
+        card = next(iter(_newest_first(_recorded(f"*/{first}.json", recorded))), recorded / "none")
         paths = [card.parent / f"{name}.json" for name in scripts]
         return glance([results.load(path) for path in paths if environment.is_recorded(path)])
     paths = _recorded(f"*/{script}.json", recorded)
@@ -44,6 +44,7 @@ def _recorded_tables(script: str, recorded: Path) -> str:
     if script in SUMMARIES:
         addresses = [_address(path.with_suffix(".md"), recorded) for path in paths]
         return SUMMARIES[script](list(zip(map(results.load, paths), addresses, strict=True)))
+    paths = _newest_first(paths)
     return "\n\n".join([_block(paths[0], script, recorded), *_others(paths[1:], script, recorded)])
 
 
@@ -52,6 +53,12 @@ def _recorded(pattern: str, recorded: Path) -> list[Path]:
     paths = [path for path in recorded.glob(pattern) if not path.stem.endswith("-smoke")]
     paths = filter(environment.is_recorded, paths)
     return sorted(paths, key=lambda path: (results.cards_first(path.parent), path))
+
+
+def _newest_first(paths: list[Path]) -> list[Path]:
+    """By when they were recorded, graphics cards still before processors."""
+    by_date = sorted(paths, key=lambda p: results.load(p)["environment"]["utc"], reverse=True)
+    return sorted(by_date, key=lambda path: results.is_of_processor(path.parent))
 
 
 def _address(path: Path, recorded: Path) -> str:

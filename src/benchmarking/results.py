@@ -20,9 +20,14 @@ def folder(output: Path, device: str) -> Path:
     return output / environment.slug(environment.device_name(device))
 
 
+def is_of_processor(folder: Path) -> bool:
+    """Whether a device's folder is a processor's, not a graphics card's."""
+    return folder.name.startswith("cpu-")
+
+
 def cards_first(folder: Path) -> tuple[bool, str]:
     """A device's folder as a key to sort by: graphics cards before processors, then by name."""
-    return folder.name.startswith("cpu-"), folder.name
+    return is_of_processor(folder), folder.name
 
 
 def ensure_writable(path: Path, overwrite: bool) -> None:
