@@ -67,7 +67,7 @@ record: build
 	$(PY) -m src.benchmarking.logits $(PEERS) $(OVERWRITE)
 	$(PY) profile_rejection_sampling.py $(OVERWRITE)
 	$(PY) -m src.benchmarking.losslessness --draws 10000000 --budget 120 $(OVERWRITE)
-	$(PY) -m src.benchmarking.soak --calls 10000000 --minutes 3 $(OVERWRITE)
+	$(PY) -m src.benchmarking.soak --calls 10000000 --minutes 4 $(OVERWRITE)
 	$(MAKE) report
 
 GRAPHED := $(PY) demo_with_real_llm.py --modes graphed --max-new-tokens 128 --runs 2

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from src import from_logits, oracle, samplers
 from src.contract import MAX_WEIGHT, SampledTokens, SamplerOutput
-from tests import logits_strategies, strategies
+from tests import emulation, logits_strategies, strategies
 from tests.cases import on_every
 from tests.logits_strategies import PARAMETERS, sampling_cases
 from tests.strategies import bits
@@ -27,6 +27,7 @@ LEAST_DOUBLE = 1e-300  # and the oracle's float64
 # large a logit, an infinite one among them: a draft is then accepted too often, or never.
 LARGEST_LOGIT = 2.0**30
 KERNELS = ("cpp", "cuda")
+MANY = 40  # times the few requests of a case: more positions than a card has multiprocessors
 
 
 class Truth(NamedTuple):
@@ -436,6 +437,44 @@ def test_a_drafts_own_logsumexp_changes_nothing(name, device, drawn, verificatio
     ]
     for given_sums, without in zip(*outputs, strict=True):
         assert torch.equal(given_sums, without)
+
+
+@on_every(["cpp"], ["cuda"])
+@given(
+    drawn=logits_strategies.cases(),
+    verification=st.sampled_from(("token", "block")),
+    ranks=st.booleans(),
+)
+def test_many_requests_get_what_few_get(name, device, drawn, verification, ranks):
+    """So many that a launch takes other kernels, which top-k chooses among too."""
+    case, layouts, drafts = drawn
+    if not ranks:
+        case["top_k"] = None
+    few = verify(name, device, case, layouts, drafts, verification)
+    many = {key: x if x is None else torch.cat([x] * MANY) for key, x in case.items()}
+    output = verify(name, device, many, layouts, drafts, verification)
+    for one, all_of_them in zip(few, output, strict=True):
+        assert torch.equal(all_of_them, torch.cat([one] * MANY))
+
+
+@pytest.mark.skipif(
+    emulation.compiler() is None, reason="the emulation wants Linux and a C++ compiler"
+)
+@pytest.mark.parametrize("blocks, early_exit", [(1, False), (1, True), (2, True), (4, True)])
+@given(drawn=logits_strategies.cases(max_batch_size=2, max_spec_length=3), ranks=st.booleans())
+def test_the_emulated_kernels_emit_the_cpp_kernels_tokens(blocks, early_exit, drawn, ranks):
+    case, layouts, drafts = drawn
+    if not ranks:
+        case["top_k"] = None
+    cpp = from_logits.get("cpp").load("cpu")
+    if drafts == "sums":
+        case["draft_logsumexp"] = sums_of(cpp, case, "cpu")
+    layouts = {**layouts, "draft_token_ids": "contiguous"}  # the binding makes it so
+    emulated = emulation.from_logits("cluster", blocks, early_exit=early_exit)
+    output = run(lambda **arguments: emulated(**arguments)[0], case, layouts, "cpu")
+    expected = run(cpp.rejection_sample_from_logits, case, layouts, "cpu")
+    for ours, theirs in zip(output, expected, strict=True):
+        assert torch.equal(ours, theirs)
 
 
 # ---- Sampling from logits.

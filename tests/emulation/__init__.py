@@ -198,7 +198,7 @@ def from_logits(
         draft = draft_probs if draft_logits is None else draft_logits
         small = {name: t.contiguous() for name, t in options.items() if t is not None}
         names = ("temperature", "top_k", "top_p", "min_p", "draft_logsumexp")
-        own = {name: small.pop(name).data_ptr() for name in names if name in small}
+        own = {name: small.pop(name) for name in names if name in small}
         layout = {
             "block_verification": verification == "block",
             "target_row_stride": target_logits.stride(0),
@@ -211,7 +211,7 @@ def from_logits(
             base=_params(*arguments, token_ids, num_accepted),
             draft_is_logits=draft_logits is not None,
             logsumexp=logsumexp.data_ptr() if sampling else None,
-            **own,
+            **{name: tensor.data_ptr() for name, tensor in own.items()},
         )
         launch = (kernel, blocks, int(early_exit), schedule)
         _run("emulate_from_logits", launch, params)
