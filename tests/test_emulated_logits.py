@@ -253,11 +253,13 @@ def filtered_row(kind, vocab_size):
         "nothing": lambda: torch.full((vocab_size,), nan),
         "infinite": lambda: torch.where(x > 2, infinity, x),
         "far apart": lambda: torch.where(x > 0, 3e38, -3e38) * x.abs().clamp(max=1),
+        # Less than a share of 0.01, and nothing beside it where a search for that looks first.
+        "one above": lambda: torch.cat([torch.tensor([3.0]), 0.2 * x[1:]]),
     }[kind]()
 
 
 KINDS = ["peaked", "flat", "equal", "around zero", "ties", "coarse", "half", "few"]
-KINDS += ["nan", "nothing", "infinite", "far apart"]
+KINDS += ["nan", "nothing", "infinite", "far apart", "one above"]
 
 
 @pytest.mark.parametrize("kind", KINDS)
