@@ -330,10 +330,10 @@ MUTANTS = [
         "& 0x1u << w",
     ),
     Mutant(
-        "thresholds: what is above a range is collected with it",
+        "thresholds: all that was seen counts, whatever the range",
         THRESHOLDS,
-        "if (above == above) bits &= ~bits_at_least(raw, above);",
-        "",
+        "f(i < held && logit >= lo && logit <= hi, logit);",
+        "f(i < held, logit);",
     ),
     Mutant(
         "thresholds: a place counts as empty where the first half keeps nothing",
