@@ -200,6 +200,7 @@ template <typename T, bool filtered>
 __global__ void __launch_bounds__(kMaxWarps* kWarp, kResidentPositions<T, filtered>)
     positions_kernel(const LogitsParams a, int blocks, bool early_exit, bool keeps,
                      Findings<T> findings) {
+#if FR_HAS_CLUSTERS
   using Request = LogitsRequest<T, PositionSummaries>;
   using At = PositionShared;
   __shared__ RowSummary summaries[2], given;
@@ -367,6 +368,7 @@ __global__ void __launch_bounds__(kMaxWarps* kWarp, kResidentPositions<T, filter
   draw_token<Step::kInCluster, filtered>(row, vocab_size, recovery_uniform, rank, blocks, at.sums,
                                          PositionOutput{a.base, findings.tokens, b, k},
                                          keeps ? at.kept : nullptr);
+#endif
 }
 
 // One warp: the first position that ends a request, the end of its drafts at the latest.

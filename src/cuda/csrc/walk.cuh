@@ -87,6 +87,7 @@ struct Evidence {
 template <typename T>
 __global__ void __launch_bounds__(kMaxWarps* kWarp, 1)
     walk_kernel(const __grid_constant__ LogitsParams a, int blocks) {
+#if FR_HAS_CLUSTERS
   using Request = LogitsRequest<T, PositionSummaries>;
   using At = PositionShared;
   __shared__ RowSummary summaries[2];
@@ -235,6 +236,7 @@ __global__ void __launch_bounds__(kMaxWarps* kWarp, 1)
   const Outputs outputs(a.base, b);
   draw_token<Step::kInCluster, true>(row, vocab_size, recovery_uniform, rank, blocks, at.sums,
                                      RequestOutput<Outputs>{outputs, k}, nullptr);
+#endif
 }
 
 }  // namespace
