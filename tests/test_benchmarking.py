@@ -425,6 +425,21 @@ def test_readme_tables_come_from_recorded_results(tmp_path, capsys):
     assert "| Baseline (Python loop) |" in text and "CPU X" in text and "old" not in text
 
 
+def test_the_readme_shows_the_card_that_was_recorded_last(tmp_path, monkeypatch):
+    monkeypatch.setattr(report.environment, "is_recorded", lambda path: True)
+    rows = sweep.run([TINY], sweep.contestants(["baseline"], "cpu"), "cpu", runs=2, seed=0)
+    dates = {"card-a": "2025-01-02", "card-b": "2025-01-03", "cpu-c": "2025-01-04"}
+    for device, date in dates.items():
+        env = {"device": device, "driver": None, "cuda": None, "torch": "2", "python": "3"}
+        env |= {"commit": "c" * 40, "dirty": False, "utc": f"{date}T00:00:00+00:00"}
+        (tmp_path / device).mkdir()
+        text = results.dumps(results.make("quick_demo", env, rows))
+        (tmp_path / device / "quick_demo.json").write_text(text)
+    text = report.readme_text("<!-- table:quick_demo -->\n<!-- /table -->", tmp_path)
+    assert text.index("card-b,") < text.index("| Baseline") < text.index("Recorded too: [card-a]")
+    assert text.index("[card-a]") < text.index("[cpu-c]")
+
+
 def test_the_readme_has_the_recorded_tables():
     assert report.main(["--readme", "--check"]) == 0
 

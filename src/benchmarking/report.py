@@ -36,7 +36,7 @@ def _recorded_tables(script: str, recorded: Path) -> str:
         card = next(iter(_newest_first(_recorded(f"*/{first}.json", recorded))), recorded / "none")
         paths = [card.parent / f"{name}.json" for name in scripts]
         return glance([results.load(path) for path in paths if environment.is_recorded(path)])
-    paths = _recorded(f"*/{script}.json", recorded)
+    paths = _newest_first(_recorded(f"*/{script}.json", recorded))
     paths += _recorded(f"*/{script}-*.json", recorded)
     if not paths:
         program = _PROGRAMS.get(script, f"{script}.py")
@@ -44,7 +44,6 @@ def _recorded_tables(script: str, recorded: Path) -> str:
     if script in SUMMARIES:
         addresses = [_address(path.with_suffix(".md"), recorded) for path in paths]
         return SUMMARIES[script](list(zip(map(results.load, paths), addresses, strict=True)))
-    paths = _newest_first(paths)
     return "\n\n".join([_block(paths[0], script, recorded), *_others(paths[1:], script, recorded)])
 
 

@@ -130,7 +130,7 @@ void run_logits(const LogitsParams& a, int kernel, int n, bool early_exit, unsig
     };
     const size_t shared = PositionShared::bytes(tiles, a.filters(), kept) / sizeof(float);
     const int positions = static_cast<int>(a.base.spec_length) + 1;
-    if (early_exit && n != 2 && a.top_p && !a.top_k && num_draft_rows(a) > 0) {
+    if (early_exit && n != 2 && may_walk(a)) {
       const auto walk = [&] { walk_kernel<T>(a, n); };
       emulation::launch(static_cast<int>(batch_size) * n, threads, n, shared, walk, seed);
       return;

@@ -212,14 +212,12 @@ int blocks_per_position(const LogitsParams& a, const Device& device) {
   return blocks;
 }
 
-// Blocks that walk through a request's positions, 0 where all positions at once are faster. With
-// top-p most drafts are accepted without a search, from the tiles' sums; but few requests have the
-// card to themselves. As many blocks as let all requests have theirs at once, or two; a search by
-// more than eight waits more than it saves.
+// Blocks that walk through a request's positions, 0 where several positions at once are faster, as
+// for few requests, which have the card to themselves. As many blocks as let all requests have
+// theirs at once, or two; a search by more than eight waits more than it saves.
 int blocks_per_walk(const LogitsParams& a, const Device& device) {
-  const bool sums_tell = a.top_p && !a.top_k && num_draft_rows(a) > 0;
   const bool many = 4 * num_target_rows(a.base) > device.multiprocessors;
-  if (!sums_tell || !many) return 0;
+  if (!may_walk(a) || !many) return 0;
   int blocks = kPortableCluster;
   const int tiles = num_tiles(a.base.vocab_size);
   while (blocks > 2 &&

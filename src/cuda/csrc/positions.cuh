@@ -109,6 +109,15 @@ struct PositionOutput {
   }
 };
 
+// A request's drafts, in fewer registers than Request has them; below 0 as the caller may say.
+__device__ __forceinline__ int drafts_of(const Params& a, unsigned b, unsigned spec_length) {
+  int drafts = static_cast<int>(spec_length);
+  if (a.num_draft_tokens) {
+    drafts = a.num_draft_tokens[b] < drafts ? a.num_draft_tokens[b] : drafts;
+  }
+  return drafts;
+}
+
 // One warp: whether a position before k is known to end the request. Only a hint: what other
 // clusters find is seen late or not at all.
 __device__ __forceinline__ bool warp_is_over(const volatile uint8_t* verdicts, unsigned k,
@@ -229,9 +238,7 @@ __global__ void __launch_bounds__(kMaxWarps* kWarp, kResidentPositions<T, filter
   if (first < tiles) load(first, raw);
 
   allow_next_launch();
-  int drafts = static_cast<int>(spec_length);
-  if (a.base.num_draft_tokens)
-    drafts = a.base.num_draft_tokens[b] < drafts ? a.base.num_draft_tokens[b] : drafts;
+  const int drafts = drafts_of(a.base, b, spec_length);
   const bool is_last = static_cast<int>(k) >= drafts, greedy = a.is_greedy(b);
   if (k > 0 && static_cast<int>(k) > drafts) return;
   if (!is_last && a.base.draft_probs) {

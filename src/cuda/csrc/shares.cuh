@@ -80,9 +80,7 @@ __global__ void __launch_bounds__(kDecidingWarps* kWarp, kResidentDecisions)
     __syncthreads();
     if (is_over) return;
   }
-  int drafts = static_cast<int>(spec_length);
-  if (a.base.num_draft_tokens)
-    drafts = a.base.num_draft_tokens[b] < drafts ? a.base.num_draft_tokens[b] : drafts;
+  const int drafts = drafts_of(a.base, b, spec_length);
   if (k > 0 && static_cast<int>(k) > drafts) return;
   const bool is_last = static_cast<int>(k) >= drafts, greedy = a.is_greedy(b);
   const int rows = num_draft_rows(a) > 0 && !greedy && !is_last ? 2 : 1;

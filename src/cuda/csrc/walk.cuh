@@ -9,6 +9,10 @@
 namespace fused_rejection {
 namespace {
 
+// Whether a walk may pay: most drafts have to be accepted without a search, as the tiles' sums of
+// both rows tell with top-p.
+inline bool may_walk(const LogitsParams& a) { return a.top_p && !a.top_k && num_draft_rows(a) > 0; }
+
 // A draft, and the draft's logsumexp at its position where that was given.
 struct DraftOfWalk {
   DraftToken token;
@@ -108,9 +112,7 @@ __global__ void __launch_bounds__(kMaxWarps* kWarp, 1)
   const int vocab_size = static_cast<int>(a.base.vocab_size), tiles = num_tiles(vocab_size);
   const int first = rank * warps + warp, step = warps * blocks;
   const PositionShared at(shared, tiles, true);
-  int drafts = static_cast<int>(spec_length);
-  if (a.base.num_draft_tokens)
-    drafts = a.base.num_draft_tokens[b] < drafts ? a.base.num_draft_tokens[b] : drafts;
+  const int drafts = drafts_of(a.base, b, spec_length);
   const float scale = a.scale(b);
   const bool greedy = a.is_greedy(b);
   if (threadIdx.x == 0) filters = Filters(a, b);

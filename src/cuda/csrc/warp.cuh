@@ -2,16 +2,16 @@
 // exchange tile sums. Included by kernels, for the device, or by tests/emulation for the CPU.
 #pragma once
 
-// Below sm_90 kernels that run in clusters only have no code: they would take long to compile.
+#include <type_traits>
+
+#include "fused_rejection.h"
+
+// Below sm_90 the two kernels that take longest to compile, and run in clusters only, have no code.
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ < 900
 #define FR_HAS_CLUSTERS 0
 #else
 #define FR_HAS_CLUSTERS 1
 #endif
-
-#include <type_traits>
-
-#include "fused_rejection.h"
 
 #ifdef FR_EMULATION
 #include "emulation.h"  // tests/emulation: the kernels on CPU fibers
