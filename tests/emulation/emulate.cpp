@@ -112,8 +112,8 @@ void run_logits(const LogitsParams& a, int kernel, int n, bool early_exit, unsig
     const bool keeps = seed % 2 == 0;
     Findings<T> findings = {};
     if (a.base.spec_length > 0) {
-      if (early_exit) {
-        findings.verdicts = verdicts.data();
+      if (early_exit) findings.verdicts = verdicts.data();
+      if (early_exit && !a.filters()) {
         findings.rows = drawn_from.data();
         findings.stats = kept_stats.data();
         findings.sums = sums.data();
@@ -123,7 +123,7 @@ void run_logits(const LogitsParams& a, int kernel, int n, bool early_exit, unsig
         findings.tokens = tokens.data();
       }
     }
-    const int kept = keeps ? (tiles + warps * n - 1) / (warps * n) * warps : 0;
+    const int kept = keeps && !a.filters() ? (tiles + warps * n - 1) / (warps * n) * warps : 0;
     const auto decide = [&] {
       a.filters() ? positions_kernel<T, true>(a, n, early_exit, keeps, findings)
                   : positions_kernel<T, false>(a, n, early_exit, keeps, findings);
@@ -149,12 +149,9 @@ void run_logits(const LogitsParams& a, int kernel, int n, bool early_exit, unsig
                         positions);
     }
     if (a.base.spec_length == 0) return;
-    if (early_exit) {
+    if (early_exit && !a.filters()) {
       const int shares = blocks_of(tiles, kDrawingWarps);
-      const auto draw = [&] {
-        a.filters() ? draw_kernel<T, true>(a, shares, n, findings)
-                    : draw_kernel<T, false>(a, shares, n, findings);
-      };
+      const auto draw = [&] { draw_kernel<T>(a, shares, n, findings); };
       emulation::launch(static_cast<int>(batch_size) * shares, kDrawingWarps * kWarp, 1, 0, draw,
                         seed);
       return;
@@ -165,16 +162,17 @@ void run_logits(const LogitsParams& a, int kernel, int n, bool early_exit, unsig
     return;
   }
   std::vector<TileStats> stats(rows * tiles, TileStats{NAN, NAN});
-  std::vector<float> thresholds(rows, NAN), sums(batch_size * tiles, NAN);
-  const float* found = nullptr;
+  std::vector<Kept> kept(rows, Kept{NAN, NAN, NAN});
+  std::vector<float> sums(batch_size * tiles, NAN);
+  const Kept* found = nullptr;
   const auto pass = [&] { tile_stats_kernel<T>(a, rows, found, stats.data()); };
   const int pass_blocks = static_cast<int>(rows) * ((tiles + warps - 1) / warps);
   emulation::launch(pass_blocks, threads, 1, 0, pass, seed);
   if (a.filters()) {
-    const auto search = [&] { threshold_kernel<T>(a, stats.data(), thresholds.data()); };
+    const auto search = [&] { threshold_kernel<T>(a, stats.data(), kept.data()); };
     emulation::launch(static_cast<int>(rows), threads, 1, sizeof(Search) / sizeof(float), search,
                       seed);
-    found = thresholds.data();
+    found = kept.data();
     emulation::launch(pass_blocks, threads, 1, 0, pass, seed);
   }
   const int blocks = static_cast<int>(batch_size) * n;

@@ -246,8 +246,17 @@ template <typename T>
 void atomicMax(T* address, T value) {
   *address = std::max(*address, value);
 }
-inline int __reduce_max_sync(unsigned, int value) {
+template <typename T>
+T __reduce_max_sync(unsigned, T value) {
   for (int d = 1; d < 32; d *= 2) value = std::max(value, __shfl_xor_sync(0, value, d));
+  return value;
+}
+inline unsigned __reduce_add_sync(unsigned, unsigned value) {
+  for (int d = 1; d < 32; d *= 2) value += __shfl_xor_sync(0, value, d);
+  return value;
+}
+inline unsigned __reduce_min_sync(unsigned, unsigned value) {
+  for (int d = 1; d < 32; d *= 2) value = std::min(value, __shfl_xor_sync(0, value, d));
   return value;
 }
 inline unsigned __reduce_or_sync(unsigned, unsigned value) {
@@ -303,39 +312,51 @@ void store_to_block(V* shared, int rank, V value) {
   std::memcpy(&all[rank].at(offset), &value, sizeof value);
 }
 
-// A value counts only once it is stored, which happens in the order that threads are given turns.
-inline void expect_bytes(uint64_t* pending, int bytes) { *pending = bytes; }
+// A count of bytes, as an mbarrier has it: the announcements that a phase lacks and those that it is
+// to have, its parity, and the bytes that are still to come. A value counts only once it is stored,
+// which happens in the order that threads are given turns.
+struct ByteCount {
+  static constexpr int kBytes = 17;
+  static uint64_t word(int lacking, int count) {
+    return static_cast<uint64_t>(lacking) | static_cast<uint64_t>(count) << 8;
+  }
+  static void add(uint64_t* pending, int rank, int announcements, int bytes) {
+    auto& all = emulation::block().cluster->shared;
+    const auto offset = reinterpret_cast<float*>(pending) - all[emulation::block().rank].data();
+    std::atomic_ref there(*reinterpret_cast<uint64_t*>(&all[rank].at(offset)));
+    uint64_t old = there, next;
+    do {
+      const int count = old >> 8 & 0xFF, lacking = static_cast<int>(old & 0xFF) - announcements;
+      const int64_t left = (static_cast<int64_t>(old) >> kBytes) + bytes;
+      const uint64_t parity = old >> 16 & 1;
+      next = lacking == 0 && left == 0
+                 ? word(count, count) | (parity ^ 1) << 16
+                 : word(lacking, count) | parity << 16 | static_cast<uint64_t>(left) << kBytes;
+    } while (!there.compare_exchange_weak(old, next));
+  }
+};
+inline void expect_announcements(uint64_t* pending, int blocks) {
+  *pending = ByteCount::word(blocks, blocks);
+}
+inline void expect_bytes(uint64_t* pending, int bytes) {
+  *pending = static_cast<uint64_t>(bytes) << ByteCount::kBytes;
+}
 inline void forget(uint64_t*) {}
-inline void send_to_block(float* shared, uint64_t* pending, int rank, float value) {
+inline void announce(uint64_t* pending, int rank, int bytes) {
+  ByteCount::add(pending, rank, 1, bytes);
+}
+template <typename V>
+void send_to_block(V* shared, uint64_t* pending, int rank, V value) {
   store_to_block(shared, rank, value);
-  auto& all = emulation::block().cluster->shared;
-  const auto offset = reinterpret_cast<float*>(pending) - all[emulation::block().rank].data();
-  std::atomic_ref(*reinterpret_cast<uint64_t*>(&all[rank].at(offset))) -= sizeof value;
+  ByteCount::add(pending, rank, 0, -static_cast<int>(sizeof value));
 }
 inline void send_pair_to_block(float* shared, uint64_t* pending, int rank, float first,
                                float second) {
   send_to_block(shared, pending, rank, first);
   send_to_block(shared + 1, pending, rank, second);
 }
-inline void wait_for_bytes(uint64_t* pending) {
-  while (std::atomic_ref(*pending) != 0) emulation::yield();
-}
-// A phase's number, the arrivals that it is to have, and those that it still lacks.
-inline void expect_arrivals(uint64_t* barrier, int count) {
-  *barrier = static_cast<uint64_t>(count) << 16 | static_cast<uint64_t>(count);
-}
-inline void arrive_at_block(uint64_t* barrier, int rank) {
-  auto& all = emulation::block().cluster->shared;
-  const auto offset = reinterpret_cast<float*>(barrier) - all[emulation::block().rank].data();
-  std::atomic_ref there(*reinterpret_cast<uint64_t*>(&all[rank].at(offset)));
-  uint64_t old = there, next;
-  do {
-    const uint64_t count = old >> 16 & 0xFFFF;
-    next = (old & 0xFFFF) > 1 ? old - 1 : ((old >> 32) + 1) << 32 | count << 16 | count;
-  } while (!there.compare_exchange_weak(old, next));
-}
-inline void wait_for_arrivals(uint64_t* barrier, int parity) {
-  while (static_cast<int>(std::atomic_ref(*barrier) >> 32 & 1) == parity) emulation::yield();
+inline void wait_for_bytes(uint64_t* pending, int parity = 0) {
+  while (static_cast<int>(std::atomic_ref(*pending) >> 16 & 1) == parity) emulation::yield();
 }
 inline void allow_next_launch() {}
 inline void wait_for_launch_before() {}

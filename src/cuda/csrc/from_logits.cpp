@@ -66,13 +66,20 @@ TileStats tile_stats(const T* x, int tile, int vocab_size, float scale, float th
   return {largest, tile_sum([&](int m) { return w[m]; })};
 }
 
+// What filters keep: the logits from `threshold` on, and their masses.
+struct Kept {
+  float threshold;
+  uint64_t mass;
+};
+
 // `sum`: of the row's tiles' weights. The same wherever it is searched for: a mass is an integer,
 // and the share of top-p is of `sum`, or after top-k of the masses that it left.
 template <typename T>
-float find_threshold(const LogitsParams& a, int64_t b, const T* x, float largest, float scale,
-                     double sum) {
+Kept find_kept(const LogitsParams& a, int64_t b, const T* x, float largest, float scale,
+               double sum) {
   const int vocab_size = static_cast<int>(a.base.vocab_size);
-  if (!a.filters() || !(largest > kNegativeInfinity)) return kNegativeInfinity;
+  const float unit = mass_unit(vocab_size);
+  const auto mass = [&](float logit) { return mass_of(logit, largest, scale, unit); };
   std::vector<float> kept;  // in descending order
   for (int i = 0; i < vocab_size; ++i) {
     const float logit = finite_logit(static_cast<float>(x[i]));
@@ -87,8 +94,6 @@ float find_threshold(const LogitsParams& a, int64_t b, const T* x, float largest
   if (by_rank && top_k <= static_cast<int64_t>(kept.size())) keep_from(kept[top_k - 1]);
   const float top_p = a.top_p ? a.top_p[b] : 1.0f;
   if (top_p < 1.0f) {
-    const float unit = mass_unit(vocab_size);
-    const auto mass = [&](float logit) { return mass_of(logit, largest, scale, unit); };
     double total = sum * unit;
     if (by_rank) {
       uint64_t masses = 0;
@@ -112,7 +117,9 @@ float find_threshold(const LogitsParams& a, int64_t b, const T* x, float largest
       kept.pop_back();
     }
   }
-  return kept.back();
+  uint64_t masses = 0;
+  for (const float logit : kept) masses += mass(logit);
+  return {kept.back(), masses};
 }
 
 // `stats` gets the row's tiles.
@@ -141,13 +148,14 @@ RowSummary summarize(const LogitsParams& a, int64_t b, const T* x, std::vector<T
     sum_spans(tiles, [&](int tile) { return tile_weight(stats[tile], largest, scale); }, spans);
     return spans.total();
   };
-  double total = sum();
-  const float threshold = find_threshold(a, b, x, largest, scale, total);
-  if (threshold > kNegativeInfinity) {
-    pass(threshold);
-    total = sum();
+  const double total = sum();
+  if (!a.filters(b) || !(largest > kNegativeInfinity)) {
+    return {logsumexp_of(total, largest, scale), stats.data(), largest, kNegativeInfinity, -1};
   }
-  return {logsumexp_of(total, largest, scale), stats.data(), largest, threshold, -1};
+  const Kept kept = find_kept(a, b, x, largest, scale, total);
+  pass(kept.threshold);
+  const double logsumexp = kept_logsumexp(kept.mass, largest, scale, mass_unit(vocab_size));
+  return {logsumexp, stats.data(), largest, kept.threshold, -1};
 }
 
 // A request's summaries, made when they are first asked for: rows after the first rejection never

@@ -258,6 +258,11 @@ struct LogitsParams {
   double* logsumexp;              // [B]: of the one row where K is 0, or null
 
   FR_HOST_DEVICE bool filters() const { return top_k || top_p || min_p; }
+  // Whether those of a request may leave anything out.
+  FR_FUNCTION bool filters(int64_t b) const {
+    return (top_k && top_k[b] > 0 && top_k[b] < base.vocab_size) || (top_p && top_p[b] < 1.0f) ||
+           (min_p && min_p[b] > 0.0f);
+  }
   FR_FUNCTION bool is_greedy(int64_t b) const { return temperature && !(temperature[b] > 0); }
   FR_FUNCTION float scale(int64_t b) const { return scale_of(temperature ? temperature[b] : 1.0f); }
 };
@@ -490,6 +495,11 @@ FR_FUNCTION float mass_unit(int vocab_size) {
 
 FR_FUNCTION uint64_t mass_of(float x, float largest, float scale, float unit) {
   return static_cast<uint64_t>(exp2_portable(octaves_beside(x, largest, scale)) * unit);
+}
+
+// The logsumexp of what filters keep, whose masses are so much.
+FR_FUNCTION double kept_logsumexp(uint64_t mass, float largest, float scale, float unit) {
+  return logsumexp_of(static_cast<double>(mass) / unit, largest, scale);
 }
 
 // The least mass that reaches a share of the total, at least 1: the largest logit always stays.

@@ -46,10 +46,10 @@ __device__ LogitsRowAt<T> locate_row(const LogitsParams& a, int64_t row) {
   return {k <= request.drafts || k == 0 ? request.target_row(k) : nullptr, b};
 }
 
-// A warp a tile, over all rows. `thresholds` [rows] or null.
+// A warp a tile, over all rows. `kept` [rows] or null.
 template <typename T>
 __global__ void __launch_bounds__(kMaxWarps* kWarp, kResidentBlocks)
-    tile_stats_kernel(const LogitsParams a, int64_t rows, const float* thresholds,
+    tile_stats_kernel(const LogitsParams a, int64_t rows, const Kept* kept,
                       TileStats* stats) {
   const int lane = threadIdx.x % kWarp, warp = threadIdx.x / kWarp, warps = blockDim.x / kWarp;
   const int vocab_size = static_cast<int>(a.base.vocab_size), tiles = num_tiles(vocab_size);
@@ -59,11 +59,11 @@ __global__ void __launch_bounds__(kMaxWarps* kWarp, kResidentBlocks)
   const int tile = static_cast<int>(blockIdx.x % blocks_per_row) * warps + warp;
   const LogitsRowAt<T> at = locate_row<T>(a, row);
   if (!at.x || tile >= tiles) return;
-  const float threshold = thresholds ? thresholds[row] : kNegativeInfinity;
+  const float threshold = kept ? kept[row].threshold : kNegativeInfinity;
   TileStats& tile_stats = stats[row * tiles + tile];
   TileStats found = {kNegativeInfinity, 0.0f};
   // Where a tile was seen to have nothing to keep, it is not read again.
-  const bool is_empty = thresholds && tile_stats.largest < threshold;
+  const bool is_empty = kept && tile_stats.largest < threshold;
   __syncwarp();
   if (!is_empty) {
     found = warp_tile_stats(at.x, tile, vocab_size, a.scale(at.b), threshold, lane);
@@ -71,20 +71,20 @@ __global__ void __launch_bounds__(kMaxWarps* kWarp, kResidentBlocks)
   if (lane == 0) tile_stats = found;
 }
 
-// Filters: a block a row looks for the threshold. `thresholds` [rows].
+// Filters: a block a row looks for what they keep. `kept` [rows].
 template <typename T>
 __global__ void __launch_bounds__(kMaxWarps* kWarp)
-    threshold_kernel(const LogitsParams a, const TileStats* stats, float* thresholds) {
+    threshold_kernel(const LogitsParams a, const TileStats* stats, Kept* kept) {
   FR_DYNAMIC_SHARED(uint64_t, shared);  // a Search
   const int64_t row = blockIdx.x;
   const LogitsRowAt<T> at = locate_row<T>(a, row);
   if (!at.x) return;
   const int vocab_size = static_cast<int>(a.base.vocab_size);
   int exchange = 0;
-  const float threshold =
-      find_threshold(*reinterpret_cast<Search*>(shared), Team{0, 1, 0, nullptr}, Filters(a, at.b),
-                     at.x, stats + row * num_tiles(vocab_size), vocab_size, &exchange);
-  if (threadIdx.x == 0) thresholds[row] = threshold;
+  const Kept found =
+      find_kept(*reinterpret_cast<Search*>(shared), Team{0, 1, 0, nullptr}, Filters(a, at.b), at.x,
+                stats + row * num_tiles(vocab_size), vocab_size, &exchange);
+  if (threadIdx.x == 0) kept[row] = found;
 }
 
 // The counters and verdicts that begin as zeros. Not a memset, for which the launches before and
@@ -110,7 +110,7 @@ struct TableSummaries {
 // All warps of a block: the table of request b.
 template <typename T>
 __device__ void summarize_request(const LogitsParams& a, int64_t b, const TileStats* stats,
-                                  const float* thresholds, RowSummary* table) {
+                                  const Kept* kept, RowSummary* table) {
   const int lane = threadIdx.x % kWarp, warp = threadIdx.x / kWarp, warps = blockDim.x / kWarp;
   const int vocab_size = static_cast<int>(a.base.vocab_size), tiles = num_tiles(vocab_size);
   const Request<T> request(a.base, b);
@@ -123,10 +123,12 @@ __device__ void summarize_request(const LogitsParams& a, int64_t b, const TileSt
     const int64_t k = is_draft ? i - drafts - 1 : i;
     const int64_t row =
         is_draft ? num_target_rows(a.base) + b * spec_length + k : b * (spec_length + 1) + k;
-    const float threshold = thresholds && !greedy ? thresholds[row] : kNegativeInfinity;
+    const float threshold = kept && !greedy ? kept[row].threshold : kNegativeInfinity;
     RowSummary summary;
     if (is_draft && a.draft_logsumexp) {
       summary = {a.draft_logsumexp[b * spec_length + k], nullptr, 0.0f, threshold, -1};
+    } else if (threshold > kNegativeInfinity) {
+      summary = {kept[row].logsumexp, stats + row * tiles, kept[row].largest, threshold, -1};
     } else {
       const T* x = is_draft ? request.draft_row(k) : request.target_row(k);
       summary = warp_summarize(x, stats + row * tiles, scale, threshold, greedy, vocab_size, lane);
@@ -139,7 +141,7 @@ __device__ void summarize_request(const LogitsParams& a, int64_t b, const TileSt
 template <typename T, Step step, bool block>
 __global__ void __launch_bounds__(kMaxWarps* kWarp, 1)
     logits_kernel(const LogitsParams a, int blocks_per_row, const TileStats* stats,
-                  const float* thresholds, float* workspace) {
+                  const Kept* kept, float* workspace) {
   FR_DYNAMIC_SHARED(double, shared);  // the table, reach [K + 1], in a cluster TileSums
   const Place place = place_of<step>(blocks_per_row);
   const int64_t b = place.b;
@@ -154,7 +156,7 @@ __global__ void __launch_bounds__(kMaxWarps* kWarp, 1)
     cluster_start();
   }
   wait_for_launch_before();
-  summarize_request<T>(a, b, stats, thresholds, table);
+  summarize_request<T>(a, b, stats, kept, table);
   const LogitsRequest<T, TableSummaries> request(a, b, {table, a.base.spec_length});
   if (step != Step::kSum && a.logsumexp && place.rank == 0 && threadIdx.x == 0) {
     a.logsumexp[b] = table[request.drafts > 0 ? request.drafts : 0].logsumexp;
@@ -239,9 +241,15 @@ int share_of_tiles(int64_t rows, int tiles, const Device& device) {
 
 int blocks_of_shares(int tiles, int of_block) { return (tiles + of_block - 1) / of_block; }
 
-// The workspace: tile statistics, then thresholds and tile sums; or Findings.
+// Whether positions_kernel draws where a position ends its request: where all run at once, or
+// filters leave little to draw from.
+bool draws_at_once(const LogitsParams& a, const LogitsPlan& plan) {
+  return !plan.early_exit || a.filters();
+}
+
+// The workspace: what filters keep of rows, tile statistics and tile sums; or Findings.
 struct Workspace {
-  int64_t stats_bytes = 0, thresholds_bytes = 0, sums_bytes = 0;
+  int64_t found_bytes = 0, stats_bytes = 0, sums_bytes = 0;
   int64_t rows_bytes = 0, tokens_bytes = 0;
   int64_t counters_bytes = 0, verdicts_bytes = 0;  // these two begin as zeros
 
@@ -252,7 +260,8 @@ struct Workspace {
     if (plan.blocks_per_walk > 0) return;
     if (plan.blocks_per_position > 0) {
       if (a.base.spec_length == 0) return;  // the token goes to the outputs
-      if (!plan.early_exit) {
+      if (plan.early_exit) verdicts_bytes = (targets + 3) / 4 * 4;
+      if (draws_at_once(a, plan)) {
         tokens_bytes = targets * static_cast<int64_t>(sizeof(int32_t));
         return;
       }
@@ -260,16 +269,15 @@ struct Workspace {
       rows_bytes = targets * static_cast<int64_t>(sizeof(LogitsRow<float>));
       sums_bytes = sums;
       counters_bytes = (targets + a.base.batch_size) * static_cast<int64_t>(sizeof(unsigned));
-      verdicts_bytes = (targets + 3) / 4 * 4;
       return;
     }
     stats_bytes = rows * row_bytes;
-    thresholds_bytes = a.filters() ? (rows + 1) / 2 * 8 : 0;
+    found_bytes = a.filters() ? rows * static_cast<int64_t>(sizeof(Kept)) : 0;
     sums_bytes = plan.fused.exchange == Exchange::kWorkspace ? sums : 0;
   }
 
   int64_t bytes() const {
-    return stats_bytes + thresholds_bytes + sums_bytes + rows_bytes + tokens_bytes +
+    return found_bytes + stats_bytes + sums_bytes + rows_bytes + tokens_bytes +
            counters_bytes + verdicts_bytes;
   }
 };
@@ -313,32 +321,35 @@ struct LaunchLogits {
     Findings<T> findings = {};
     if (a.base.spec_length > 0) {
       char* at = workspace;
-      if (plan.early_exit) {
+      if (draws_at_once(a, plan)) {
+        findings.tokens = reinterpret_cast<int32_t*>(at);
+      } else {
         findings.stats = reinterpret_cast<TileStats*>(at);
         findings.rows = reinterpret_cast<LogitsRow<T>*>(at += sizes.stats_bytes);
         findings.sums = reinterpret_cast<float*>(at += sizes.rows_bytes);
         findings.arrived = reinterpret_cast<unsigned*>(at += sizes.sums_bytes);
         findings.summed = findings.arrived + targets;
-        findings.verdicts = reinterpret_cast<uint8_t*>(findings.summed + a.base.batch_size);
-        const int64_t words = (sizes.counters_bytes + sizes.verdicts_bytes) / 4;
+      }
+      if (plan.early_exit) {
+        const int64_t cleared = sizes.counters_bytes + sizes.verdicts_bytes;
+        at = workspace + sizes.bytes() - cleared;
+        findings.verdicts = reinterpret_cast<uint8_t*>(at + sizes.counters_bytes);
         constexpr int threads = 256;
+        const int64_t words = cleared / 4;
         const cudaError_t error = launch_overlapping(
             clear_kernel, configure((words + threads - 1) / threads, threads, stream), true,
-            findings.arrived, words);
+            reinterpret_cast<unsigned*>(at), words);
         if (error != cudaSuccess) return error;
-      } else {
-        findings.tokens = reinterpret_cast<int32_t*>(at);
       }
     }
     const cudaError_t error =
         plan.deciding_share ? decide(a, plan, findings, stream) : find(a, plan, findings, stream);
     if (error != cudaSuccess || a.base.spec_length == 0) return error;
-    if (plan.early_exit) {
+    if (!draws_at_once(a, plan)) {
       const int blocks = blocks_of_shares(tiles, kDrawingWarps * plan.drawing_share);
       const cudaLaunchConfig_t draw =
           configure(a.base.batch_size * blocks, kDrawingWarps * kWarp, stream);
-      const auto kernel = a.filters() ? draw_kernel<T, true> : draw_kernel<T, false>;
-      return launch_overlapping(kernel, draw, true, a, blocks, plan.drawing_share, findings);
+      return launch_overlapping(draw_kernel<T>, draw, true, a, blocks, plan.drawing_share, findings);
     }
     constexpr int requests = 4;  // a block
     const cudaLaunchConfig_t finish =
@@ -374,35 +385,34 @@ struct LaunchLogits {
                              cudaStream_t stream) {
     const Plan& plan = logits_plan.fused;
     const Workspace sizes(a, logits_plan);
-    TileStats* stats = reinterpret_cast<TileStats*>(workspace);
-    float* thresholds =
-        sizes.thresholds_bytes ? reinterpret_cast<float*>(workspace + sizes.stats_bytes) : nullptr;
-    float* sums = reinterpret_cast<float*>(workspace + sizes.stats_bytes + sizes.thresholds_bytes);
+    Kept* kept = sizes.found_bytes ? reinterpret_cast<Kept*>(workspace) : nullptr;
+    TileStats* stats = reinterpret_cast<TileStats*>(workspace + sizes.found_bytes);
+    float* sums = reinterpret_cast<float*>(workspace + sizes.found_bytes + sizes.stats_bytes);
     const int64_t rows = num_target_rows(a.base) + num_draft_rows(a);
     const int tiles = num_tiles(a.base.vocab_size), warps = warps_per_block(a.base.vocab_size);
     const int threads = warps * kWarp, n = plan.blocks_per_row;
     cudaLaunchConfig_t config = configure(a.base.batch_size * n, threads, stream);
     cudaLaunchConfig_t pass = configure(rows * ((tiles + warps - 1) / warps), threads, stream);
-    const float* no_thresholds = nullptr;
+    const Kept* none = nullptr;
     cudaError_t error =
-        cudaLaunchKernelEx(&pass, tile_stats_kernel<T>, a, rows, no_thresholds, stats);
-    if (error == cudaSuccess && thresholds) {
+        cudaLaunchKernelEx(&pass, tile_stats_kernel<T>, a, rows, none, stats);
+    if (error == cudaSuccess && kept) {
       cudaLaunchConfig_t search = configure(rows, threads, stream);
       search.dynamicSmemBytes = sizeof(Search);
       error = cudaFuncSetAttribute(threshold_kernel<T>, cudaFuncAttributeMaxDynamicSharedMemorySize,
                                    static_cast<int>(sizeof(Search)));
       const TileStats* known = stats;
       if (error == cudaSuccess) {
-        error = cudaLaunchKernelEx(&search, threshold_kernel<T>, a, known, thresholds);
+        error = cudaLaunchKernelEx(&search, threshold_kernel<T>, a, known, kept);
       }
-      const float* found = thresholds;
+      const Kept* found = kept;
       if (error == cudaSuccess) {
         error = cudaLaunchKernelEx(&pass, tile_stats_kernel<T>, a, rows, found, stats);
       }
     }
     if (error != cudaSuccess) return error;
     const TileStats* known = stats;
-    const float* found = thresholds;
+    const Kept* found = kept;
     if (plan.exchange == Exchange::kCluster) {
       return launch_in_clusters(logits_kernel<T, Step::kInCluster, true>, config, n,
                                 cluster_bytes(a), a, n, known, found, sums);
@@ -438,9 +448,11 @@ int plan_from_logits(const LogitsParams& a, Exchange exchange, int blocks, Logit
   plan->kept_tiles = plan->deciding_share = plan->drawing_share = 0;
   if (plan->fused.exchange == Exchange::kCluster && !a.base.block_verification) {
     plan->blocks_per_position = blocks > 0 ? blocks : blocks_per_position(a, *device);
-    plan->kept_tiles =
-        tiles_to_keep(a.base.vocab_size, plan->blocks_per_position,
-                      warps_per_block(a.base.vocab_size), device->shared_bytes - cluster_bytes(a));
+    if (!a.filters()) {
+      const int warps = warps_per_block(a.base.vocab_size);
+      plan->kept_tiles = tiles_to_keep(a.base.vocab_size, plan->blocks_per_position, warps,
+                                       device->shared_bytes - cluster_bytes(a));
+    }
     // With all of them running at once there is no end to be found, and time to draw for nothing.
     const int64_t all = num_target_rows(a.base) * plan->blocks_per_position;
     plan->early_exit = a.base.spec_length > 0 && all > blocks_at_once(a, *device);

@@ -7,6 +7,7 @@
 #pragma once
 
 #include "from_logits.h"
+#include "kept.cuh"
 #include "threshold.cuh"
 #include "tiles.cuh"
 #include "warp.cuh"
@@ -14,19 +15,14 @@
 namespace fused_rejection {
 namespace {
 
-// One warp: the statistics of what a threshold leaves of a tile. A call, for its registers.
-template <typename T>
-__device__ __noinline__ TileStats warp_kept_stats(const T* x, int tile, int vocab_size, float scale,
-                                                  float threshold, int lane) {
-  return warp_tile_stats(x, tile, vocab_size, scale, threshold, lane);
-}
-
 // What positions leave to the next launch, in global memory; null where K is 0.
 template <typename T>
 struct Findings {
-  // [B][K + 1], drawn where the position would end its request, else -1; or null, and the others:
+  // [B][K + 1], drawn where the position would end its request, else -1; or null.
   int32_t* tokens;
-  uint8_t* verdicts;   // [B][K + 1], kGoesOn or kEnds; kGoesOn at first, for those who look
+  // [B][K + 1], kGoesOn or kEnds; kGoesOn at first. Null where nobody looks.
+  uint8_t* verdicts;
+  // Null where there are tokens:
   LogitsRow<T>* rows;  // [B][K + 1], what to draw from where it ends
   TileStats* stats;    // [B][K + 1][tiles] of the target's rows, [B][K][tiles] of the draft's
   // What warps leave to the last of them.
@@ -60,35 +56,36 @@ struct PositionSummaries {
 
 // A block's dynamic shared memory, which the cluster's others send into.
 struct PositionShared {
+  Search* search;     // where there are filters; these two first, for their alignment
+  Kept* kept_of;      // [2], likewise: of the target's row, the draft's
   uint64_t* pending;  // as Count numbers them
   uint64_t* barrier;  // of those who search for a threshold together
   float* is_over;     // whether the request has ended before this position
-  float* thresholds;  // of the target's row, the draft's
   TileSums sums;
   TileStats* stats;  // [2][tiles]: the target's row, the draft's
-  Search* search;    // where there are filters
   float* kept;       // the weights of `slots` tiles
 
-  // What is still to arrive: statistics of what is read first, those of what filters keep,
-  // TileSums' two, is_over, thresholds, statistics of a draft's row that is read later.
-  enum Count { kStats, kKeptStats, kTileSums, kIsOver = kTileSums + 2, kThresholds, kDraftStats };
-  static constexpr int kCounts = kDraftStats + 1, kWords = kCounts + 3;
+  // What is still to arrive: statistics of what is read first, TileSums' two, is_over, what filters
+  // keep, statistics of a draft's row that is read later.
+  enum Count { kStats, kTileSums, kIsOver = kTileSums + 2, kKept, kDraftStats };
+  static constexpr int kCounts = kDraftStats + 1, kWords = kCounts + 2;
 
   FR_HOST_DEVICE static constexpr int64_t bytes(int64_t tiles, bool filtered, int slots) {
     const int64_t exchanged = 2 * tiles * static_cast<int64_t>(sizeof(float) + sizeof(TileStats));
     return kWords * static_cast<int64_t>(sizeof(uint64_t)) + exchanged +
-           (filtered ? static_cast<int64_t>(sizeof(Search)) : 0) + kept_bytes(slots);
+           (filtered ? static_cast<int64_t>(sizeof(Search) + 2 * sizeof(Kept)) : 0) +
+           kept_bytes(slots);
   }
 
   __device__ PositionShared(uint64_t* shared, int tiles, bool filtered)
-      : pending(shared),
-        barrier(shared + kCounts),
-        is_over(reinterpret_cast<float*>(shared + kCounts + 1)),
-        thresholds(reinterpret_cast<float*>(shared + kCounts + 2)),
-        sums{reinterpret_cast<float*>(shared + kWords), shared + kTileSums},
+      : search(reinterpret_cast<Search*>(shared)),
+        kept_of(reinterpret_cast<Kept*>(search + (filtered ? 1 : 0))),
+        pending(reinterpret_cast<uint64_t*>(kept_of + (filtered ? 2 : 0))),
+        barrier(pending + kCounts),
+        is_over(reinterpret_cast<float*>(barrier + 1)),
+        sums{reinterpret_cast<float*>(pending + kWords), pending + kTileSums},
         stats(reinterpret_cast<TileStats*>(sums.sums + 2 * tiles)),
-        search(reinterpret_cast<Search*>(stats + 2 * tiles)),
-        kept(reinterpret_cast<float*>(search + (filtered ? 1 : 0))) {}
+        kept(reinterpret_cast<float*>(stats + 2 * tiles)) {}
 };
 
 // A position's token goes to the findings, or to the outputs of a request without drafts.
@@ -130,74 +127,71 @@ __device__ __forceinline__ bool warp_is_over(const volatile uint8_t* verdicts, u
   return false;
 }
 
-// The least logits that filters keep of a position's rows.
-struct Thresholds {
-  float target = kNegativeInfinity, draft = kNegativeInfinity;
+// How a cluster searches in a position's rows.
+struct Sharing {
+  int rows;
+  bool halved;  // half of it searches in each of two rows, where it can be halved
+  Team team;
 
-  __device__ __forceinline__ float of(bool is_draft) const { return is_draft ? draft : target; }
+  __device__ __forceinline__ Sharing(const PositionShared& at, int rows, int rank, int blocks)
+      : rows(rows), halved(is_halved(rows, blocks)) {
+    const int size = team_size(rows, blocks);
+    team = {rank % size, size, rank - rank % size, at.barrier};
+  }
+
+  static __device__ __forceinline__ bool is_halved(int rows, int blocks) {
+    return rows == 2 && blocks % 2 == 0;
+  }
+  static __device__ __forceinline__ int team_size(int rows, int blocks) {
+    return is_halved(rows, blocks) ? blocks / 2 : blocks;
+  }
+
+  // The row that this block searches in last: of it warps have lists then.
+  __device__ __forceinline__ int last_row() const { return halved && team.first > 0 ? 1 : 0; }
 };
 
-// All threads of a cluster, each block of which has the statistics of the position's `rows` rows.
-// `halved`: half of the cluster searches in each of two rows.
+// All threads of a cluster, each block of which has the statistics of the position's rows: what
+// filters keep of them, in at.kept_of.
 template <typename T>
-__device__ __forceinline__ Thresholds find_thresholds(const PositionShared& at,
-                                                      const Filters& filters, bool halved, int rows,
-                                                      int rank, int blocks, const T* x_p,
-                                                      const T* x_q, int vocab_size) {
-  using At = PositionShared;
-  const int tiles = num_tiles(vocab_size), team_size = halved ? blocks / 2 : blocks;
-  const Team team{rank % team_size, team_size, rank - rank % team_size, at.barrier};
-  Thresholds thresholds;
+__device__ __forceinline__ void find_kept_of_rows(const PositionShared& at, const Filters& filters,
+                                                  const Sharing& sharing, const T* x_p,
+                                                  const T* x_q, int vocab_size) {
+  const Team& team = sharing.team;
+  const int tiles = num_tiles(vocab_size), last = sharing.last_row();
   int exchange = 0;
-  for (int row = halved ? rank / team_size : 0; row < rows; row += halved ? rows : 1) {
-    const float found = find_threshold(*at.search, team, filters, row == 0 ? x_p : x_q,
-                                       at.stats + row * tiles, vocab_size, &exchange);
-    if (halved) {
-      if (team.rank == 0 && block_warp() == 0 && block_lane() < blocks) {
-        send_to_block(at.thresholds + row, at.pending + At::kThresholds, block_lane(), found);
-      }
-    } else if (row == 0) {
-      thresholds.target = found;
-    } else {
-      thresholds.draft = found;
+#pragma unroll 1
+  for (int row = sharing.halved ? last : sharing.rows - 1; row >= last; --row) {
+    const Kept kept = find_kept(*at.search, team, filters, row == 0 ? x_p : x_q,
+                                at.stats + row * tiles, vocab_size, &exchange);
+    if (!sharing.halved) {
+      if (threadIdx.x == 0) at.kept_of[row] = kept;
+      continue;
+    }
+    if (team.rank == 0 && block_warp() == 0 && block_lane() < 2 * team.blocks) {
+      uint64_t* pending = at.pending + PositionShared::kKept;
+      float* to = &at.kept_of[row].threshold;
+      send_pair_to_block(to, pending, block_lane(), kept.threshold, kept.largest);
+      send_to_block(&at.kept_of[row].logsumexp, pending, block_lane(), kept.logsumexp);
     }
   }
-  if (halved) {
-    wait_for_bytes(at.pending + At::kThresholds);
-    thresholds = {at.thresholds[0], at.thresholds[1]};
+  if (sharing.halved) {
+    wait_for_bytes(at.pending + PositionShared::kKept);
+  } else {
+    __syncthreads();
   }
-  return thresholds;
 }
 
-// All threads of a cluster: what thresholds leave of the tiles of the first `rows` rows, where that
-// is not known. `tell(i, stats)`: all blocks get what tile i has. It is there for the first `rows`
-// warps.
-template <typename T, typename Tell>
-__device__ __forceinline__ void sum_kept(const PositionShared& at, Thresholds thresholds,
-                                         bool sums_later, int rows, int rank, int blocks,
-                                         const T* x_p, const T* x_q, int vocab_size, float scale,
-                                         const Tell& tell) {
-  const int lane = block_lane(), tiles = num_tiles(vocab_size);
-  const auto changes = [&](float threshold) { return sums_later || threshold > kNegativeInfinity; };
-  if (!changes(thresholds.target) && !changes(thresholds.draft)) return;
-  const OwnTiles own(rank, blocks);
-  for (int i = own.first; i < rows * tiles; i += own.step) {
-    const bool is_draft = i >= tiles;
-    const float threshold = thresholds.of(is_draft);
-    TileStats found = at.stats[i];
-    __syncwarp();  // what is sent below overwrites it
-    if (changes(threshold)) {
-      // Where a tile was seen to have nothing to keep, it is not read again.
-      const bool is_kept = found.largest >= threshold;
-      found = {kNegativeInfinity, 0.0f};
-      if (is_kept) {
-        found = warp_kept_stats(is_draft ? x_q : x_p, is_draft ? i - tiles : i, vocab_size, scale,
-                                threshold, lane);
-      }
-    }
-    tell(i, found);
+// One warp: the summary of the target's row, or the draft's, after the search where there was one.
+template <typename T>
+__device__ __forceinline__ RowSummary warp_summarize_kept(const PositionShared& at, int row,
+                                                          const T* x, float scale, bool greedy,
+                                                          int vocab_size, int lane) {
+  const TileStats* stats = at.stats + row * num_tiles(vocab_size);
+  const Kept& kept = at.kept_of[row];
+  if (kept.threshold > kNegativeInfinity) {
+    return {kept.logsumexp, stats, kept.largest, kept.threshold, -1};
   }
-  if (block_warp() < rows) wait_for_bytes(at.pending + PositionShared::kKeptStats);
+  return warp_summarize(x, stats, scale, kNegativeInfinity, greedy, vocab_size, lane);
 }
 
 // How many blocks a multiprocessor has registers for. The search for thresholds wants many, and so
@@ -207,8 +201,8 @@ constexpr int kResidentPositions = filtered || sizeof(T) == 4 ? 1 : kResidentBlo
 
 template <typename T, bool filtered>
 __global__ void __launch_bounds__(kMaxWarps* kWarp, kResidentPositions<T, filtered>)
-    positions_kernel(const LogitsParams a, int blocks, bool early_exit, bool keeps,
-                     Findings<T> findings) {
+    positions_kernel(const __grid_constant__ LogitsParams a, int blocks, bool early_exit, bool keeps,
+                     const __grid_constant__ Findings<T> findings) {
 #if FR_HAS_CLUSTERS
   using Request = LogitsRequest<T, PositionSummaries>;
   using At = PositionShared;
@@ -250,18 +244,14 @@ __global__ void __launch_bounds__(kMaxWarps* kWarp, kResidentPositions<T, filter
   if (first >= tiles && first < rows * tiles) load(first, raw);
   const PositionShared at(shared, tiles, filtered);
   const int summed_rows = a.draft_logsumexp ? 1 : rows;  // whose sums are not known before
-  // Half of the cluster searches in each of two rows, where it can be halved.
-  const bool halved = filtered && rows == 2 && blocks % 2 == 0;
-  const int team_size = halved ? blocks / 2 : blocks;
   if (threadIdx.x == 0) {
     const int row_bytes = tiles * static_cast<int>(sizeof(TileStats));
     expect_bytes(at.pending + At::kStats, rows * row_bytes);
     expect_sums(at.sums, tiles);
     expect_bytes(at.pending + At::kIsOver, static_cast<int>(sizeof(float)));
     if (filtered) {
-      expect_bytes(at.pending + At::kKeptStats, summed_rows * row_bytes);
-      expect_bytes(at.pending + At::kThresholds, rows * static_cast<int>(sizeof(float)));
-      expect_arrivals(at.barrier, team_size);
+      expect_bytes(at.pending + At::kKept, rows * static_cast<int>(sizeof(Kept)));
+      expect_announcements(at.barrier, Sharing::team_size(rows, blocks));
     }
   }
   __syncwarp();
@@ -274,11 +264,6 @@ __global__ void __launch_bounds__(kMaxWarps* kWarp, kResidentPositions<T, filter
 
   // Made anew where it is used: kept, it would take registers that the loops want.
   const auto request = [&] { return Request(a, b, {summaries}, scale, greedy); };
-  const auto tell = [&](int i, const TileStats& found, int count) {
-    if (lane < blocks) {
-      send_pair_to_block(&at.stats[i].largest, at.pending + count, lane, found.largest, found.sum);
-    }
-  };
   if (warp == warps - 1) {
     const float u = uniform(a.base, b, spec_length);
     if (lane == 0) {
@@ -307,32 +292,27 @@ __global__ void __launch_bounds__(kMaxWarps* kWarp, kResidentPositions<T, filter
   const bool ahead = !filtered && !early_exit && rows == 1 && x_q;
   const Filters filters = filtered ? Filters(a, b) : Filters::none();
   const bool sums_first = !greedy && (!filters.any() || filters.want_sums());
-  Thresholds thresholds;
   for (int i = first; i < rows * tiles; i += step) {
     if (ahead) prefetch_tile(static_cast<const T*>(nullptr), x_q, i, vocab_size, lane);
-    // The next tile's load comes first where there are registers for it, else when this tile
-    // wants fewer of them.
-    RawTile<T> next;
-    const auto load_next = [&](RawTile<T>& to) {
-      if (i + step < rows * tiles) load(i + step, to);
-    };
-    if (filtered) load_next(next);
+    // The next tile's load comes when this tile wants fewer registers.
     const TileStats found = warp_tile_stats(raw, scale, kNegativeInfinity, sums_first, [&] {
-      if (!filtered) load_next(raw);
+      if (i + step < rows * tiles) load(i + step, raw);
     });
-    if (filtered) raw = next;
-    tell(i, found, At::kStats);
+    TellStats{at.stats, at.pending + At::kStats, blocks}(i, found);
   }
   if (filtered || warp < rows) wait_for_bytes(at.pending + At::kStats);
   if constexpr (filtered) {
-    thresholds = find_thresholds(at, filters, halved, rows, rank, blocks, x_p, x_q, vocab_size);
-    sum_kept(at, thresholds, !greedy && !sums_first, summed_rows, rank, blocks, x_p, x_q,
-             vocab_size, scale,
-             [&](int i, const TileStats& found) { tell(i, found, At::kKeptStats); });
+    find_kept_of_rows(at, filters, Sharing(at, rows, rank, blocks), x_p, x_q, vocab_size);
   }
   if (warp < summed_rows) {
-    const RowSummary summary = warp_summarize(warp == 0 ? x_p : x_q, at.stats + warp * tiles, scale,
-                                              thresholds.of(warp > 0), greedy, vocab_size, lane);
+    const T* x = warp == 0 ? x_p : x_q;
+    RowSummary summary;
+    if constexpr (filtered) {
+      summary = warp_summarize_kept(at, warp, x, scale, greedy, vocab_size, lane);
+    } else {
+      summary = warp_summarize(x, at.stats + warp * tiles, scale, kNegativeInfinity, greedy,
+                               vocab_size, lane);
+    }
     if (lane == 0) summaries[warp] = summary;
   }
   __syncthreads();
@@ -340,18 +320,15 @@ __global__ void __launch_bounds__(kMaxWarps* kWarp, kResidentPositions<T, filter
   if (threadIdx.x == 0 || threadIdx.x == kWarp) {
     Request decided = request();
     decided.summaries.given = a.draft_logsumexp ? &given : nullptr;
-    if (filtered) decided.summaries.threshold = thresholds.draft;
+    if (filtered && rows > 1) decided.summaries.threshold = at.kept_of[1].threshold;
     if (threadIdx.x == kWarp) {
       row = decided.row(k, is_last ? kPlaceholderTokenId : draft.id);
     } else {
       ends = is_last || !decided.accepts_values(k, draft.id, draft.values, [&] { return draft.u; });
       if (rank == 0) {
         const int64_t position = static_cast<int64_t>(b) * (spec_length + 1) + k;
-        if (findings.verdicts) {
-          if (ends) findings.verdicts[position] = kEnds;  // kGoesOn is there
-        } else if (!ends) {
-          findings.tokens[position] = kPlaceholderTokenId;
-        }
+        if (findings.verdicts && ends) findings.verdicts[position] = kEnds;  // kGoesOn is there
+        if (findings.tokens && !ends) findings.tokens[position] = kPlaceholderTokenId;
         if (a.logsumexp) a.logsumexp[b] = summaries[0].logsumexp;
         if (spec_length == 0) a.base.num_accepted[b] = 0;
       }
@@ -359,6 +336,13 @@ __global__ void __launch_bounds__(kMaxWarps* kWarp, kResidentPositions<T, filter
   }
   __syncthreads();
   if (!ends) return;
+  const PositionOutput output{a.base, findings.tokens, b, k};
+  if constexpr (filtered) {
+    const Sharing sharing(at, rows, rank, blocks);
+    draw_kept(row, *at.search, sharing.last_row() == 0, sharing.team, vocab_size, recovery_uniform,
+              rank, blocks, at.sums, output);
+    return;
+  }
   if (findings.rows) {
     if (rank != 0) return;
     const int64_t position = static_cast<int64_t>(b) * (spec_length + 1) + k;
@@ -372,9 +356,8 @@ __global__ void __launch_bounds__(kMaxWarps* kWarp, kResidentPositions<T, filter
     }
     return;
   }
-  draw_token<Step::kInCluster, filtered>(row, vocab_size, recovery_uniform, rank, blocks, at.sums,
-                                         PositionOutput{a.base, findings.tokens, b, k},
-                                         keeps ? at.kept : nullptr);
+  draw_token<Step::kInCluster>(row, vocab_size, recovery_uniform, rank, blocks, at.sums, output,
+                               keeps ? at.kept : nullptr);
 #endif
 }
 

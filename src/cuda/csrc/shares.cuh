@@ -149,7 +149,7 @@ __device__ void warp_draw(const LogitsRow<T>& row, float* sums, float u, int voc
 }
 
 // Draws at the first position that ends each request.
-template <typename T, bool filtered>
+template <typename T>
 __global__ void __launch_bounds__(kDrawingWarps* kWarp, kResidentShares)
     draw_kernel(const __grid_constant__ LogitsParams a, int blocks, int share,
                 const __grid_constant__ Findings<T> findings) {
@@ -186,10 +186,7 @@ __global__ void __launch_bounds__(kDrawingWarps* kWarp, kResidentShares)
     const int end = begin + share < tiles ? begin + share : tiles;
     float own = 0.0f;
     for (int tile = begin; tile < end; ++tile) {
-      float sum = 0.0f;
-      if (!filtered || !has_nothing(row, tile)) {
-        sum = warp_weigh_tile<filtered>(row, tile, vocab_size, lane, nullptr);
-      }
+      const float sum = warp_weigh_tile(row, tile, vocab_size, lane, nullptr);
       if (lane == tile - begin) own = sum;
     }
     if (begin + lane < end) sums[begin + lane] = own;

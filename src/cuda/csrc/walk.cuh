@@ -124,6 +124,7 @@ __global__ void __launch_bounds__(kMaxWarps* kWarp, 1)
     if (lane == 0) recovery_uniform = u;
   }
   unsigned k = 0;
+  int last_rows = 1;
   for (;; ++k) {
     const bool is_last = static_cast<int>(k) >= drafts;
     const T* x_p = static_cast<const T*>(a.base.target_probs) + b * a.base.target_row_stride +
@@ -135,8 +136,6 @@ __global__ void __launch_bounds__(kMaxWarps* kWarp, 1)
     }
     const int rows = num_draft_rows(a) > 0 && !greedy && !is_last ? 2 : 1;
     const int summed_rows = a.draft_logsumexp ? 1 : rows;  // whose sums are not known before
-    // Half of the cluster searches in each of two rows, where it can be halved.
-    const bool halved = rows == 2 && blocks % 2 == 0;
     const auto load = [&](int i, RawTile<T>& raw) {
       load_tile(i < tiles ? x_p : x_q, i < tiles ? i : i - tiles, vocab_size,
                 kNegativeInfinityWord<T>, lane, raw);
@@ -147,13 +146,13 @@ __global__ void __launch_bounds__(kMaxWarps* kWarp, 1)
       if (k > 0) forget(at.pending + lane);
       const int row_bytes = tiles * static_cast<int>(sizeof(TileStats));
       int bytes = tiles * static_cast<int>(sizeof(float));  // TileSums
-      if (lane == At::kStats || lane == At::kKeptStats) bytes = summed_rows * row_bytes;
+      if (lane == At::kStats) bytes = summed_rows * row_bytes;
       if (lane == At::kDraftStats) bytes = row_bytes;
-      if (lane == At::kThresholds) bytes = rows * static_cast<int>(sizeof(float));
+      if (lane == At::kKept) bytes = rows * static_cast<int>(sizeof(Kept));
       if (lane < At::kCounts) {
         expect_bytes(at.pending + lane, bytes);
       } else {
-        expect_arrivals(at.barrier, halved ? blocks / 2 : blocks);
+        expect_announcements(at.barrier, Sharing::team_size(rows, blocks));
       }
     }
     if (k > 0 && k % kWarp == 0) __syncthreads();  // nobody reads the drafts before
@@ -171,12 +170,6 @@ __global__ void __launch_bounds__(kMaxWarps* kWarp, 1)
     // before.
     cluster_arrive();
     cluster_wait();
-    const auto tell = [&](int i, const TileStats& found, int count) {
-      if (lane < blocks) {
-        send_pair_to_block(&at.stats[i].largest, at.pending + count, lane, found.largest,
-                           found.sum);
-      }
-    };
     bool is_sure = false;
     // Where its logsumexp was given the draft's row is read only where there is a search.
 #pragma unroll 1
@@ -188,7 +181,8 @@ __global__ void __launch_bounds__(kMaxWarps* kWarp, 1)
         const TileStats found = warp_tile_stats(raw, scale, kNegativeInfinity, sums_first, [&] {
           if (i + step < end) load(i + step, raw);
         });
-        tell(i, found, turn ? At::kDraftStats : At::kStats);
+        const int count = turn ? At::kDraftStats : At::kStats;
+        TellStats{at.stats, at.pending + count, blocks}(i, found);
       }
       if (turn > 0) {
         if (rows > summed_rows) wait_for_bytes(at.pending + At::kDraftStats);
@@ -205,15 +199,10 @@ __global__ void __launch_bounds__(kMaxWarps* kWarp, 1)
       if (is_sure) break;
     }
     if (is_sure) continue;
-    const Thresholds thresholds =
-        find_thresholds(at, filters, halved, rows, rank, blocks, x_p, x_q, vocab_size);
-    sum_kept(at, thresholds, !greedy && !sums_first, summed_rows, rank, blocks, x_p, x_q,
-             vocab_size, scale,
-             [&](int i, const TileStats& found) { tell(i, found, At::kKeptStats); });
+    find_kept_of_rows(at, filters, Sharing(at, rows, rank, blocks), x_p, x_q, vocab_size);
     if (warp < summed_rows) {
-      const RowSummary summary =
-          warp_summarize(warp == 0 ? x_p : x_q, at.stats + warp * tiles, scale,
-                         thresholds.of(warp > 0), greedy, vocab_size, lane);
+      const RowSummary summary = warp_summarize_kept(at, warp, warp == 0 ? x_p : x_q, scale, greedy,
+                                                     vocab_size, lane);
       if (lane == 0) summaries[warp] = summary;
     }
     __syncthreads();
@@ -223,7 +212,7 @@ __global__ void __launch_bounds__(kMaxWarps* kWarp, 1)
       Request decided = request();
       const RowSummary given = {draft.logsumexp, nullptr, 0.0f, kNegativeInfinity, -1};
       decided.summaries.given = a.draft_logsumexp ? &given : nullptr;
-      decided.summaries.threshold = thresholds.draft;
+      if (rows > 1) decided.summaries.threshold = at.kept_of[1].threshold;
       if (threadIdx.x == kWarp) {
         row = decided.row(k, is_last ? kPlaceholderTokenId : token.id);
       } else {
@@ -232,12 +221,14 @@ __global__ void __launch_bounds__(kMaxWarps* kWarp, 1)
       }
     }
     __syncthreads();
+    last_rows = rows;
     if (ends) break;
   }
   using Outputs = fused_rejection::Request<T>;
   const Outputs outputs(a.base, b);
-  draw_token<Step::kInCluster, true>(row, vocab_size, recovery_uniform, rank, blocks, at.sums,
-                                     RequestOutput<Outputs>{outputs, k}, nullptr);
+  const Sharing sharing(at, last_rows, rank, blocks);
+  draw_kept(row, *at.search, sharing.last_row() == 0, sharing.team, vocab_size, recovery_uniform,
+            rank, blocks, at.sums, RequestOutput<Outputs>{outputs, k});
 #endif
 }
 

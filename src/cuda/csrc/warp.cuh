@@ -85,23 +85,13 @@ __device__ __forceinline__ void cluster_wait() {
 #endif
 }
 
-// Stores a value of 4 or 8 bytes into the same shared variable of block `rank` of this cluster.
-template <typename V>
-__device__ __forceinline__ void store_to_block(V* shared, int rank, V value) {
+// Stores a value into the same shared variable of block `rank` of this cluster.
+__device__ __forceinline__ void store_to_block(float* shared, int rank, float value) {
 #if __CUDA_ARCH__ >= 900
-  static_assert(sizeof(V) == 4 || sizeof(V) == 8);
   const uint32_t here = static_cast<uint32_t>(__cvta_generic_to_shared(shared));
   uint32_t there;
   asm("mapa.shared::cluster.u32 %0, %1, %2;" : "=r"(there) : "r"(here), "r"(rank));
-  if constexpr (sizeof(V) == 8) {
-    asm volatile("st.shared::cluster.u64 [%0], %1;" ::"r"(there), "l"(static_cast<uint64_t>(value))
-                 : "memory");
-  } else if constexpr (std::is_same_v<V, float>) {
-    asm volatile("st.shared::cluster.f32 [%0], %1;" ::"r"(there), "f"(value) : "memory");
-  } else {
-    asm volatile("st.shared::cluster.u32 [%0], %1;" ::"r"(there), "r"(static_cast<uint32_t>(value))
-                 : "memory");
-  }
+  asm volatile("st.shared::cluster.f32 [%0], %1;" ::"r"(there), "f"(value) : "memory");
 #endif
 }
 
@@ -117,6 +107,30 @@ __device__ __forceinline__ void expect_bytes(uint64_t* pending, int bytes) {
 #endif
 }
 
+// The same where `blocks` are to announce() how many bytes they bring, and when these are there so
+// many once more: phases.
+__device__ __forceinline__ void expect_announcements(uint64_t* pending, int blocks) {
+#if __CUDA_ARCH__ >= 900
+  const uint32_t here = static_cast<uint32_t>(__cvta_generic_to_shared(pending));
+  asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;" ::"r"(here), "r"(blocks) : "memory");
+  asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
+#endif
+}
+
+// One thread of a block: what it sends to block `rank` in this phase. It publishes nothing else, and
+// so needs no fence.
+__device__ __forceinline__ void announce(uint64_t* pending, int rank, int bytes) {
+#if __CUDA_ARCH__ >= 900
+  const uint32_t here = static_cast<uint32_t>(__cvta_generic_to_shared(pending));
+  uint32_t there;
+  asm("mapa.shared::cluster.u32 %0, %1, %2;" : "=r"(there) : "r"(here), "r"(rank));
+  asm volatile("mbarrier.arrive.expect_tx.relaxed.cluster.shared::cluster.b64 _, [%0], %1;" ::"r"(
+                   there),
+               "r"(bytes)
+               : "memory");
+#endif
+}
+
 // One thread: either kind of word may be set anew, once nothing more comes for it and nobody waits.
 __device__ __forceinline__ void forget(uint64_t* word) {
 #if __CUDA_ARCH__ >= 900
@@ -126,18 +140,36 @@ __device__ __forceinline__ void forget(uint64_t* word) {
 }
 
 // store_to_block, counted by that block's `pending`: its threads need no barrier to see the value.
-__device__ __forceinline__ void send_to_block(float* shared, uint64_t* pending, int rank,
-                                              float value) {
+template <typename V>
+__device__ __forceinline__ void send_to_block(V* shared, uint64_t* pending, int rank, V value) {
 #if __CUDA_ARCH__ >= 900
+  static_assert(sizeof(V) == 4 || sizeof(V) == 8);
   const uint32_t here = static_cast<uint32_t>(__cvta_generic_to_shared(shared));
   const uint32_t count_here = static_cast<uint32_t>(__cvta_generic_to_shared(pending));
   uint32_t there, count_there;
   asm("mapa.shared::cluster.u32 %0, %1, %2;" : "=r"(there) : "r"(here), "r"(rank));
   asm("mapa.shared::cluster.u32 %0, %1, %2;" : "=r"(count_there) : "r"(count_here), "r"(rank));
-  asm volatile(
-      "st.async.shared::cluster.mbarrier::complete_tx::bytes.f32 [%0], %1, [%2];" ::"r"(there),
-      "f"(value), "r"(count_there)
-      : "memory");
+  if constexpr (std::is_same_v<V, double>) {
+    asm volatile(
+        "st.async.shared::cluster.mbarrier::complete_tx::bytes.f64 [%0], %1, [%2];" ::"r"(there),
+        "d"(value), "r"(count_there)
+        : "memory");
+  } else if constexpr (sizeof(V) == 8) {
+    asm volatile(
+        "st.async.shared::cluster.mbarrier::complete_tx::bytes.u64 [%0], %1, [%2];" ::"r"(there),
+        "l"(static_cast<uint64_t>(value)), "r"(count_there)
+        : "memory");
+  } else if constexpr (std::is_same_v<V, float>) {
+    asm volatile(
+        "st.async.shared::cluster.mbarrier::complete_tx::bytes.f32 [%0], %1, [%2];" ::"r"(there),
+        "f"(value), "r"(count_there)
+        : "memory");
+  } else {
+    asm volatile(
+        "st.async.shared::cluster.mbarrier::complete_tx::bytes.u32 [%0], %1, [%2];" ::"r"(there),
+        "r"(static_cast<uint32_t>(value)), "r"(count_there)
+        : "memory");
+  }
 #endif
 }
 
@@ -158,54 +190,17 @@ __device__ __forceinline__ void send_pair_to_block(float* shared, uint64_t* pend
 #endif
 }
 
-// Waits until every byte is there. Not .acquire.cluster, which would also empty the L1 cache: what
-// arrives is this block's own shared memory.
-__device__ __forceinline__ void wait_for_bytes(uint64_t* pending) {
+// Waits until every byte of a phase is there, the first of which has parity 0. Not
+// .acquire.cluster, which would also empty the L1 cache: what arrives is this block's own shared
+// memory.
+__device__ __forceinline__ void wait_for_bytes(uint64_t* pending, int parity = 0) {
 #if __CUDA_ARCH__ >= 900
   const uint32_t here = static_cast<uint32_t>(__cvta_generic_to_shared(pending));
   uint32_t done = 0;
   while (!done) {
     asm volatile(
         "{\n .reg .pred p;\n"
-        " mbarrier.try_wait.parity.shared::cta.b64 p, [%1], 0;\n"
-        " selp.u32 %0, 1, 0, p;\n}"
-        : "=r"(done)
-        : "r"(here)
-        : "memory");
-  }
-#endif
-}
-
-// A barrier of several blocks, one such word in each block's shared memory: a phase ends with
-// `count` arrivals. One thread sets it, once, as it does expect_bytes.
-__device__ __forceinline__ void expect_arrivals(uint64_t* barrier, int count) {
-#if __CUDA_ARCH__ >= 900
-  const uint32_t here = static_cast<uint32_t>(__cvta_generic_to_shared(barrier));
-  asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;" ::"r"(here), "r"(count) : "memory");
-  asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
-#endif
-}
-
-// Publishes what this thread has stored or seen, to the block whose barrier it is.
-__device__ __forceinline__ void arrive_at_block(uint64_t* barrier, int rank) {
-#if __CUDA_ARCH__ >= 900
-  const uint32_t here = static_cast<uint32_t>(__cvta_generic_to_shared(barrier));
-  uint32_t there;
-  asm("mapa.shared::cluster.u32 %0, %1, %2;" : "=r"(there) : "r"(here), "r"(rank));
-  asm volatile("mbarrier.arrive.release.cluster.shared::cluster.b64 _, [%0];" ::"r"(there)
-               : "memory");
-#endif
-}
-
-// Waits for the end of a phase, the first of which has parity 0.
-__device__ __forceinline__ void wait_for_arrivals(uint64_t* barrier, int parity) {
-#if __CUDA_ARCH__ >= 900
-  const uint32_t here = static_cast<uint32_t>(__cvta_generic_to_shared(barrier));
-  uint32_t done = 0;
-  while (!done) {
-    asm volatile(
-        "{\n .reg .pred p;\n"
-        " mbarrier.try_wait.parity.acquire.cluster.shared::cta.b64 p, [%1], %2;\n"
+        " mbarrier.try_wait.parity.shared::cta.b64 p, [%1], %2;\n"
         " selp.u32 %0, 1, 0, p;\n}"
         : "=r"(done)
         : "r"(here), "r"(parity)
@@ -303,6 +298,22 @@ struct RawTile {
   __device__ __forceinline__ float of_bit(int bit) const {
     const int word = bit % 16;
     return element(words[word / 4].word[word % 4], bit / 16);
+  }
+
+  // The same where the bit is known only when it runs.
+  __device__ __forceinline__ float of_any_bit(int bit) const {
+    uint32_t found = words[0].word[0];
+#pragma unroll
+    for (int w = 1; w < 4 * kVectors<T>; ++w) {
+      if (bit % 16 == w) found = words[w / 4].word[w % 4];
+    }
+    return element(found, bit / 16);
+  }
+
+  // Where that element is in the tile.
+  static __device__ __forceinline__ int place(int bit, int lane) {
+    const int word = bit % 16, vector = word / 4 * kWarp + lane;
+    return vector * kVector<T> + word % 4 * (4 / static_cast<int>(sizeof(T))) + bit / 16;
   }
 
   // The second half becomes the first.
@@ -676,15 +687,6 @@ __device__ __forceinline__ double warp_total(const float* weights, int count, in
 template <typename Row>
 constexpr bool kHasStats = requires(const Row& row) { row.tile_mass(0); };
 
-// Whether filters are known to have left nothing of a tile.
-template <typename Row>
-__device__ __forceinline__ bool has_nothing(const Row& row, int tile) {
-  if constexpr (kHasStats<Row>) {
-    return row.stats && !(row.stats[tile].largest > -INFINITY);
-  }
-  return false;
-}
-
 // One warp: those weights.
 template <typename Row>
 __device__ __forceinline__ void warp_store_masses(const Row& row, int tiles, int lane,
@@ -788,8 +790,7 @@ struct RequestOutput {
 // Draws from a row and stores into `output`, for all threads of the blocks that share it, of which
 // this one is `rank`. `row` is in shared memory. `kept`: shared memory for the padded weights of
 // all tiles that this block sums, or null: then those of the tile drawn from are taken again.
-// `filtered`: whether it pays to look for tiles and places without weight.
-template <Step step, bool filtered = false, typename Row, typename Output>
+template <Step step, typename Row, typename Output>
 __device__ __forceinline__ void draw_token(Row& row, int vocab_size, const float& u, int rank,
                                            int blocks_per_row, const TileSums& all,
                                            const Output& output, float* kept) {
@@ -855,10 +856,7 @@ __device__ __forceinline__ void draw_token(Row& row, int vocab_size, const float
         prefetch_tile(here.p, here.q, tile + own.step, vocab_size, lane);
       }
       // In one place, so that the tile drawn from finds its instructions there.
-      float sum = 0.0f;
-      if (!filtered || !has_nothing(here, tile)) {
-        sum = warp_weigh_tile<filtered>(here, tile, vocab_size, lane, drawing ? weights : slot);
-      }
+      const float sum = warp_weigh_tile(here, tile, vocab_size, lane, drawing ? weights : slot);
       if (drawing) {
         const int token = warp_pick_token(weights, {tile, rest}, lane);
         if (lane == 0) output.store_token(token);
