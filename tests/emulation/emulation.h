@@ -339,9 +339,11 @@ inline void expect_announcements(uint64_t* pending, int blocks) {
   *pending = ByteCount::word(blocks, blocks);
 }
 inline void expect_bytes(uint64_t* pending, int bytes) {
-  *pending = static_cast<uint64_t>(bytes) << ByteCount::kBytes;
+  *pending = ByteCount::word(0, 1) | static_cast<uint64_t>(bytes) << ByteCount::kBytes;
 }
-inline void forget(uint64_t*) {}
+inline void expect_more(uint64_t* pending, int bytes) {
+  ByteCount::add(pending, emulation::block().rank, 1, bytes);
+}
 inline void announce(uint64_t* pending, int rank, int bytes) {
   ByteCount::add(pending, rank, 1, bytes);
 }
@@ -349,6 +351,12 @@ template <typename V>
 void send_to_block(V* shared, uint64_t* pending, int rank, V value) {
   store_to_block(shared, rank, value);
   ByteCount::add(pending, rank, 0, -static_cast<int>(sizeof value));
+}
+struct uint4 {
+  uint32_t x, y, z, w;
+};
+inline void send_words_to_block(uint4* shared, uint64_t* pending, int rank, const uint4& words) {
+  send_to_block(shared, pending, rank, words);
 }
 inline void send_pair_to_block(float* shared, uint64_t* pending, int rank, float first,
                                float second) {

@@ -221,14 +221,15 @@ __device__ __noinline__ int warp_draw_listed(Search& search, int slot, int step,
   return warp_pick_token(weights, tile, lane);
 }
 
-// draw_token in a cluster, from a row that was searched by its `team`, or, where its block is of
-// another, by others. `row` is in shared memory.
+// draw_token in a cluster, from a row in which its first team, or the only one, searched. `row` is
+// in shared memory.
 template <typename T, typename Output>
-__device__ __forceinline__ void draw_kept(LogitsRow<T>& row, Search& search, bool is_in_team,
+__device__ __forceinline__ void draw_kept(LogitsRow<T>& row, Search& search,
                                           const Team& team, int vocab_size, const float& u,
                                           int rank, int blocks, const TileSums& all,
                                           const Output& output) {
   __shared__ bool picked;
+  const bool is_in_team = team.first == 0;
   const int lane = block_lane(), warp = block_warp(), tiles = num_tiles(vocab_size);
   const OwnTiles own(team.rank, team.blocks);
   const bool stores = rank == 0 && warp == block_warps() - 1;

@@ -59,19 +59,20 @@ struct PositionShared {
   Search* search;     // where there are filters; these two first, for their alignment
   Kept* kept_of;      // [2], likewise: of the target's row, the draft's
   uint64_t* pending;  // as Count numbers them
-  uint64_t* barrier;  // of those who search for a threshold together
+  uint64_t* teams;    // [2][2], of half of the cluster, and of all who search in a row together
   float* is_over;     // whether the request has ended before this position
   TileSums sums;
-  TileStats* stats;  // [2][tiles]: the target's row, the draft's
+  TileStats* stats;  // [2][tiles]: the target's row, the draft's; twice where there are filters
   float* kept;       // the weights of `slots` tiles
 
-  // What is still to arrive: statistics of what is read first, TileSums' two, is_over, what filters
-  // keep, statistics of a draft's row that is read later.
-  enum Count { kStats, kTileSums, kIsOver = kTileSums + 2, kKept, kDraftStats };
-  static constexpr int kCounts = kDraftStats + 1, kWords = kCounts + 2;
+  // What is still to arrive: statistics of what is read first, of two positions in turns, TileSums'
+  // two, is_over, what filters keep, statistics of a draft's row that is read later.
+  enum Count { kStats, kTileSums = kStats + 2, kIsOver = kTileSums + 2, kKept, kDraftStats };
+  static constexpr int kCounts = kDraftStats + 1, kWords = kCounts + 5;
 
   FR_HOST_DEVICE static constexpr int64_t bytes(int64_t tiles, bool filtered, int slots) {
-    const int64_t exchanged = 2 * tiles * static_cast<int64_t>(sizeof(float) + sizeof(TileStats));
+    const int64_t stats = (filtered ? 4 : 2) * static_cast<int64_t>(sizeof(TileStats));
+    const int64_t exchanged = tiles * (2 * static_cast<int64_t>(sizeof(float)) + stats);
     return kWords * static_cast<int64_t>(sizeof(uint64_t)) + exchanged +
            (filtered ? static_cast<int64_t>(sizeof(Search) + 2 * sizeof(Kept)) : 0) +
            kept_bytes(slots);
@@ -81,11 +82,11 @@ struct PositionShared {
       : search(reinterpret_cast<Search*>(shared)),
         kept_of(reinterpret_cast<Kept*>(search + (filtered ? 1 : 0))),
         pending(reinterpret_cast<uint64_t*>(kept_of + (filtered ? 2 : 0))),
-        barrier(pending + kCounts),
-        is_over(reinterpret_cast<float*>(barrier + 1)),
+        teams(pending + kCounts),
+        is_over(reinterpret_cast<float*>(teams + 4)),
         sums{reinterpret_cast<float*>(pending + kWords), pending + kTileSums},
         stats(reinterpret_cast<TileStats*>(sums.sums + 2 * tiles)),
-        kept(reinterpret_cast<float*>(stats + 2 * tiles)) {}
+        kept(reinterpret_cast<float*>(stats + (filtered ? 4 : 2) * tiles)) {}
 };
 
 // A position's token goes to the findings, or to the outputs of a request without drafts.
@@ -127,58 +128,48 @@ __device__ __forceinline__ bool warp_is_over(const volatile uint8_t* verdicts, u
   return false;
 }
 
-// How a cluster searches in a position's rows.
-struct Sharing {
-  int rows;
-  bool halved;  // half of it searches in each of two rows, where it can be halved
-  Team team;
+// Whether half of a cluster searches in each of the rows.
+__device__ __forceinline__ bool is_halved(int rows, int blocks) {
+  return rows == 2 && blocks % 2 == 0;
+}
 
-  __device__ __forceinline__ Sharing(const PositionShared& at, int rows, int rank, int blocks)
-      : rows(rows), halved(is_halved(rows, blocks)) {
-    const int size = team_size(rows, blocks);
-    team = {rank % size, size, rank - rank % size, at.barrier};
-  }
+// Of a block those who search in a row together: half of its cluster, or all of it.
+__device__ __forceinline__ Team team_of(const PositionShared& at, bool halved, int rank,
+                                        int blocks) {
+  const int size = halved ? blocks / 2 : blocks;
+  const bool is_first = rank < size;
+  return {is_first ? rank : rank - size, size, is_first ? 0 : size, at.teams + (halved ? 0 : 2)};
+}
 
-  static __device__ __forceinline__ bool is_halved(int rows, int blocks) {
-    return rows == 2 && blocks % 2 == 0;
-  }
-  static __device__ __forceinline__ int team_size(int rows, int blocks) {
-    return is_halved(rows, blocks) ? blocks / 2 : blocks;
-  }
-
-  // The row that this block searches in last: of it warps have lists then.
-  __device__ __forceinline__ int last_row() const { return halved && team.first > 0 ? 1 : 0; }
-};
-
-// All threads of a cluster, each block of which has the statistics of the position's rows: what
-// filters keep of them, in at.kept_of.
+// All threads of a cluster, each block of which has the statistics of a row: what filters keep of
+// it, in at.kept_of. `exchange` as for find_kept.
 template <typename T>
-__device__ __forceinline__ void find_kept_of_rows(const PositionShared& at, const Filters& filters,
-                                                  const Sharing& sharing, const T* x_p,
-                                                  const T* x_q, int vocab_size) {
-  const Team& team = sharing.team;
-  const int tiles = num_tiles(vocab_size), last = sharing.last_row();
-  int exchange = 0;
-#pragma unroll 1
-  for (int row = sharing.halved ? last : sharing.rows - 1; row >= last; --row) {
-    const Kept kept = find_kept(*at.search, team, filters, row == 0 ? x_p : x_q,
-                                at.stats + row * tiles, vocab_size, &exchange);
-    if (!sharing.halved) {
-      if (threadIdx.x == 0) at.kept_of[row] = kept;
-      continue;
-    }
-    if (team.rank == 0 && block_warp() == 0 && block_lane() < 2 * team.blocks) {
-      uint64_t* pending = at.pending + PositionShared::kKept;
-      float* to = &at.kept_of[row].threshold;
-      send_pair_to_block(to, pending, block_lane(), kept.threshold, kept.largest);
-      send_to_block(&at.kept_of[row].logsumexp, pending, block_lane(), kept.logsumexp);
-    }
+__device__ __forceinline__ void find_kept_of(const PositionShared& at, int row,
+                                             const Filters& filters, const Team& team, const T* x,
+                                             int vocab_size, int* exchange) {
+  const TileStats* stats = at.stats + row * num_tiles(vocab_size);
+  const Kept kept = find_kept(*at.search, team, filters, x, stats, vocab_size, exchange);
+  if (threadIdx.x == 0) at.kept_of[row] = kept;
+  __syncthreads();
+}
+
+// The same of both rows, a half of the cluster in each; only the target's half has its lists then.
+// `phase`: of at.pending's kKept, 0 the first time.
+template <typename T>
+__device__ __forceinline__ void find_kept_by_halves(const PositionShared& at,
+                                                    const Filters& filters, const Team& team,
+                                                    const T* x_p, const T* x_q, int vocab_size,
+                                                    int* exchange, int phase) {
+  const int row = team.first > 0 ? 1 : 0;
+  const Kept kept = find_kept(*at.search, team, filters, row == 0 ? x_p : x_q,
+                              at.stats + row * num_tiles(vocab_size), vocab_size, exchange);
+  uint64_t* pending = at.pending + PositionShared::kKept;
+  if (team.rank == 0 && block_warp() == 0 && block_lane() < 2 * team.blocks) {
+    float* to = &at.kept_of[row].threshold;
+    send_pair_to_block(to, pending, block_lane(), kept.threshold, kept.largest);
+    send_to_block(&at.kept_of[row].logsumexp, pending, block_lane(), kept.logsumexp);
   }
-  if (sharing.halved) {
-    wait_for_bytes(at.pending + PositionShared::kKept);
-  } else {
-    __syncthreads();
-  }
+  wait_for_bytes(pending, phase & 1);
 }
 
 // One warp: the summary of the target's row, or the draft's, after the search where there was one.
@@ -251,7 +242,7 @@ __global__ void __launch_bounds__(kMaxWarps* kWarp, kResidentPositions<T, filter
     expect_bytes(at.pending + At::kIsOver, static_cast<int>(sizeof(float)));
     if (filtered) {
       expect_bytes(at.pending + At::kKept, rows * static_cast<int>(sizeof(Kept)));
-      expect_announcements(at.barrier, Sharing::team_size(rows, blocks));
+      team_of(at, is_halved(rows, blocks), rank, blocks).expect();
     }
   }
   __syncwarp();
@@ -302,7 +293,16 @@ __global__ void __launch_bounds__(kMaxWarps* kWarp, kResidentPositions<T, filter
   }
   if (filtered || warp < rows) wait_for_bytes(at.pending + At::kStats);
   if constexpr (filtered) {
-    find_kept_of_rows(at, filters, Sharing(at, rows, rank, blocks), x_p, x_q, vocab_size);
+    const Team team = team_of(at, is_halved(rows, blocks), rank, blocks);
+    int exchange = 0;
+    if (is_halved(rows, blocks)) {
+      find_kept_by_halves(at, filters, team, x_p, x_q, vocab_size, &exchange, 0);
+    } else {
+#pragma unroll 1
+      for (int i = rows - 1; i >= 0; --i) {  // the target's last, of which there are lists then
+        find_kept_of(at, i, filters, team, i == 0 ? x_p : x_q, vocab_size, &exchange);
+      }
+    }
   }
   if (warp < summed_rows) {
     const T* x = warp == 0 ? x_p : x_q;
@@ -338,9 +338,8 @@ __global__ void __launch_bounds__(kMaxWarps* kWarp, kResidentPositions<T, filter
   if (!ends) return;
   const PositionOutput output{a.base, findings.tokens, b, k};
   if constexpr (filtered) {
-    const Sharing sharing(at, rows, rank, blocks);
-    draw_kept(row, *at.search, sharing.last_row() == 0, sharing.team, vocab_size, recovery_uniform,
-              rank, blocks, at.sums, output);
+    const Team team = team_of(at, is_halved(rows, blocks), rank, blocks);
+    draw_kept(row, *at.search, team, vocab_size, recovery_uniform, rank, blocks, at.sums, output);
     return;
   }
   if (findings.rows) {

@@ -20,7 +20,7 @@ constexpr float kLeastFloat = -kLargestFloat;
 constexpr int kPlacedTiles = 128;        // of a warp: places have 16 bits
 // Octaves that keep_share tries above what is sure, and where the largest logit has so much of the
 // mass.
-constexpr float kFewNearFloor = 3.0f, kFewNearPeak = 5.0f, kPeaked = 1.0f / 16;
+constexpr float kFewNearFloor = 3.0f, kFewNearPeak = 6.0f, kPeaked = 1.0f / 16;
 constexpr float kBinned = 5.0f;  // octaves above that floor which bins are made of
 
 __device__ __forceinline__ int block_warp() { return static_cast<int>(threadIdx.x) / kWarp; }
@@ -38,35 +38,71 @@ __device__ __forceinline__ void assume_shared(const V* pointer) {
 #endif
 }
 
+// About 1 / value.
+__device__ __forceinline__ float reciprocal(float value) {
+#ifndef FR_EMULATION
+  return __fdividef(1.0f, value);
+#else
+  return 1.0f / value;
+#endif
+}
+
 struct Team {
   int rank, blocks;
-  int first;          // its first block in the cluster
-  uint64_t* barrier;  // of every block: a phase is what all blocks tell it once
+  int first;  // its first block in the cluster
+  // [2] in every block: what all blocks tell it once is a phase, of these in turns, since one that
+  // has all of a phase may tell the next to one that has not.
+  uint64_t* pending;
+
+  // Of what is told the next time. `times`: how often it was before.
+  __device__ __forceinline__ uint64_t* word(int times) const { return pending + (times & 1); }
+
+  // One thread: before its cluster_start.
+  __device__ __forceinline__ void expect() const {
+    expect_announcements(pending, blocks);
+    expect_announcements(pending + 1, blocks);
+  }
 
   // All warps: values[0] to values[count - 1] into the same shared variables of every block.
   template <typename V>
-  __device__ __forceinline__ void tell(V* shared, const V* values, int count) const {
+  __device__ __forceinline__ void tell(V* shared, const V* values, int count, int times) const {
     for (int block = block_warp(); block < blocks; block += block_warps()) {
       for (int i = block_lane(); i < count; i += kWarp) {
         if (blocks == 1) {
           shared[i] = values[i];
         } else {
-          send_to_block(shared + i, barrier, first + block, values[i]);
+          send_to_block(shared + i, word(times), first + block, values[i]);
+        }
+      }
+    }
+  }
+
+  // The same of many, 16 bytes at once.
+  template <int count, typename V>
+  __device__ __forceinline__ void tell_all(V* shared, const V* values, int times) const {
+    constexpr int words = static_cast<int>(count * sizeof(V) / sizeof(uint4));
+    for (int block = block_warp(); block < blocks; block += block_warps()) {
+      for (int i = block_lane(); i < words; i += kWarp) {
+        uint4* to = reinterpret_cast<uint4*>(shared) + i;
+        const uint4 own = reinterpret_cast<const uint4*>(values)[i];
+        if (blocks == 1) {
+          *to = own;
+        } else {
+          send_words_to_block(to, word(times), first + block, own);
         }
       }
     }
   }
 
   // All threads: how many bytes this block tells each.
-  __device__ __forceinline__ void announce_all(int bytes) const {
+  __device__ __forceinline__ void announce_all(int bytes, int times) const {
     const int block = static_cast<int>(threadIdx.x);
-    if (block < blocks && blocks > 1) announce(barrier, first + block, bytes);
+    if (block < blocks && blocks > 1) announce(word(times), first + block, bytes);
   }
 
-  // All threads: what was told is there after it, and nobody reads what he told any more. `times`:
-  // how often it was before.
+  // All threads: what was told is there after it, and nobody reads what he told any more.
   __device__ __forceinline__ void wait(int times) const {
-    if (blocks > 1) wait_for_bytes(barrier, times & 1);
+    if (blocks > 1) wait_for_bytes(word(times), times >> 1 & 1);
     __syncthreads();
   }
 };
@@ -102,7 +138,7 @@ struct Seen {
 
 // In dynamic shared memory, which the other blocks of the team store into.
 struct Search {
-  uint32_t low[kBins], high[kBins];  // 64-bit sums: shared memory adds 32 bits natively
+  alignas(16) uint32_t low[kBins], high[kBins];  // 64-bit sums: shared memory adds 32 bits natively
   struct Told {
     union {
       uint64_t bins[kLargestTeam][kBins];
@@ -119,7 +155,7 @@ struct Search {
     alignas(16) float tiles[kMaxWarps][kTile];  // after the search
   };
   Finding mine;
-  uint64_t merged[kBins];
+  alignas(16) uint64_t merged[kBins];
   uint64_t weights[kListed];
   float ranked[kListed];
   Pending pending[kMaxWarps];
@@ -252,15 +288,43 @@ __device__ __noinline__ void warp_count_values(const T* x, const TileStats* stat
   });
 }
 
-// One warp: about the sum of a row's weights beside its largest logit.
-__device__ __forceinline__ float warp_rough_sum(const TileStats* stats, float largest, float scale,
-                                                int tiles) {
-  float sum = 0.0f;
+// One warp: the largest logit of a row, and, unless that is null, about the sum of its weights beside
+// it.
+__device__ __forceinline__ float warp_glance(const TileStats* stats, float scale, int tiles,
+                                             float* rough_sum) {
+  constexpr int own = 8;
+  const int lane = block_lane();
+  TileStats known[own];
+  float largest = kNegativeInfinity, sum = 0.0f;
+#pragma unroll
+  for (int i = 0; i < own; ++i) {
+    const int tile = i * kWarp + lane;
+    known[i] = {kNegativeInfinity, 0.0f};
+    if (tile < tiles) known[i] = stats[tile];
+    largest = fmaxf(largest, known[i].largest);
+  }
 #pragma unroll 1
-  for (int tile = block_lane(); tile < tiles; tile += kWarp) {
+  for (int tile = own * kWarp + lane; tile < tiles; tile += kWarp) {
+    largest = fmaxf(largest, stats[tile].largest);
+  }
+  largest = warp_max(largest);
+  if (!rough_sum) return largest;
+  const float product = largest * scale, anchor = whole(product);
+  int first = lane;
+  if (!is_wide(product)) {
+#pragma unroll
+    for (int i = 0; i < own; ++i) {  // tile_weight
+      const float octaves = whole(known[i].largest * scale) - anchor;
+      sum += known[i].sum * times_power(1.0f, at_least(octaves, -127.0f) + kRoundingShift);
+    }
+    first += own * kWarp;
+  }
+#pragma unroll 1
+  for (int tile = first; tile < tiles; tile += kWarp) {
     sum += tile_weight(stats[tile], largest, scale);
   }
-  return group_total<kWarp>(sum);
+  *rough_sum = group_total<kWarp>(sum);
+  return largest;
 }
 
 template <typename T>
@@ -302,6 +366,7 @@ struct ThresholdSearch {
   int exchange;  // how often the team has told
   float largest, scale, unit;
   float per_octave;  // logits
+  float rough_sum;   // of the row's weights, where the tiles' sums are known
   float threshold = kNegativeInfinity;
   uint64_t mass = 0;  // of what is kept, 0 where it is not known yet
 
@@ -379,9 +444,10 @@ struct ThresholdSearch {
     }
     __syncthreads();
     const int listed = s.mine.count <= kListed ? static_cast<int>(s.mine.count) : 0;
-    team.tell(&told.findings[team.rank].count, &s.mine.count, Finding::kWords);
-    team.tell(told.listed[team.rank], s.ranked, listed);
-    team.announce_all(static_cast<int>(sizeof(Finding) + listed * sizeof(float)));
+    team.tell(&told.findings[team.rank].count, &s.mine.count, Finding::kWords,
+              exchange - 1);
+    team.tell(told.listed[team.rank], s.ranked, listed, exchange - 1);
+    team.announce_all(static_cast<int>(sizeof(Finding) + listed * sizeof(float)), exchange - 1);
     team.wait(exchange - 1);
     Finding all{0, 0xFFFFFFFFu, 0, 0};
 #pragma unroll 1
@@ -519,8 +585,8 @@ struct ThresholdSearch {
       s.merged[i] = (uint64_t{s.high[i]} << 32) + s.low[i];
     }
     __syncthreads();
-    team.tell(told.bins[team.rank], s.merged, kBins);
-    team.announce_all(static_cast<int>(sizeof s.merged));
+    team.tell_all<kBins>(told.bins[team.rank], s.merged, exchange - 1);
+    team.announce_all(static_cast<int>(sizeof s.merged), exchange - 1);
     if (goal->of_row && block_warp() == block_warps() - 1) {  // while others are on their way
       const double sum = warp_row_sum(stats, largest, scale, num_tiles(vocab_size), lane);
       if (lane == 0) s.sum = sum;
@@ -621,10 +687,10 @@ struct ThresholdSearch {
       if (tile < tiles) most[0] = fmaxf(most[0], stats[tile].largest);
     }
     const auto reach = [&](float logit) {
-      int count = 0;
+      unsigned count = 0;
 #pragma unroll
-      for (int i = 0; i < own; ++i) count += __popc(__ballot_sync(kAllLanes, most[i] >= logit));
-      return count;
+      for (int i = 0; i < own; ++i) count += most[i] >= logit;
+      return static_cast<int>(__reduce_add_sync(kAllLanes, count));
     };
     float least = most[0];
 #pragma unroll
@@ -675,11 +741,12 @@ struct ThresholdSearch {
     if (is_ranked) return floors;
     // What is below the floor, V logits at most, has less mass than the share leaves out. By less
     // than an octave a rough sum is wrong, and where it is, the search begins anew.
-    const float total = warp_rough_sum(stats, largest, scale, num_tiles(vocab_size));
-    const float left = total * (1.0f - top_p);
+    const float left = rough_sum * (1.0f - top_p);
     if (!(left > 0.0f)) return floors;
-    const float octaves = log2_below(left / static_cast<float>(vocab_size)) - 1.0f;
-    const float above = total * kPeaked < 1.0f ? kFewNearPeak : kFewNearFloor;
+    const float octaves = log2_below(left * reciprocal(static_cast<float>(vocab_size))) - 1.1f;
+    // A larger share reaches further down than the bound does.
+    const bool is_far = rough_sum * kPeaked < 1.0f && top_p < 0.97f;
+    const float above = is_far ? kFewNearPeak : kFewNearFloor;
     const float found = down_to(octaves), guess = down_to(octaves + above);
     if (found > floor) floors.surest = floors.guessed = found;
     // In most rows few logits are so near to the floor: a higher one leaves fewer to look at.
@@ -749,8 +816,8 @@ struct ThresholdSearch {
     __syncthreads();
     warp_count_values(x, stats, OwnTiles(team.rank, team.blocks), vocab_size, floor, most, s.low);
     __syncthreads();
-    team.tell(told.counts[team.rank], s.low, kBins);
-    team.announce_all(static_cast<int>(sizeof s.low));
+    team.tell_all<kBins>(told.counts[team.rank], s.low, exchange - 1);
+    team.announce_all(static_cast<int>(sizeof s.low), exchange - 1);
     if (top_p < 1.0f && top_k <= 0 && block_warp() == block_warps() - 1) {
       const double sum = warp_row_sum(stats, largest, scale, num_tiles(vocab_size), lane);
       if (lane == 0) s.sum = sum;
@@ -856,8 +923,8 @@ struct ThresholdSearch {
       for (int warp = 1; warp < block_warps(); ++warp) s.masses[0] += s.masses[warp];
     }
     __syncthreads();
-    team.tell(&told.masses[team.rank], s.masses, 1);
-    team.announce_all(static_cast<int>(sizeof(uint64_t)));
+    team.tell(&told.masses[team.rank], s.masses, 1, exchange - 1);
+    team.announce_all(static_cast<int>(sizeof(uint64_t)), exchange - 1);
     team.wait(exchange - 1);
     mass = 0;
     for (int block = 0; block < team.blocks; ++block) mass += told.masses[block];
@@ -904,7 +971,9 @@ __device__ __noinline__ Kept find_kept(Search& s, Team team, Filters filters, co
   if (!filters.any()) return kept;
   if (block_lane() == 0) s.seen[block_warp()].count = -1;
   __syncwarp();
-  kept.largest = warp_largest(stats, num_tiles(vocab_size), block_lane());
+  float rough_sum = 0.0f;
+  kept.largest = warp_glance(stats, filters.scale, num_tiles(vocab_size),
+                             filters.want_sums() ? &rough_sum : nullptr);
   if (!(kept.largest > kNegativeInfinity)) return kept;
   ThresholdSearch<T> search{s,
                             team,
@@ -915,7 +984,8 @@ __device__ __noinline__ Kept find_kept(Search& s, Team team, Filters filters, co
                             kept.largest,
                             filters.scale,
                             mass_unit(vocab_size),
-                            1.0f / filters.scale};
+                            reciprocal(filters.scale),
+                            rough_sum};
   search.keep(filters.top_k, filters.top_p, filters.min_p);
   if (!(search.threshold > kNegativeInfinity)) search.threshold = kLeastFloat;  // all are kept
   if (search.mass == 0) search.find_mass();

@@ -19,71 +19,102 @@ struct DraftOfWalk {
   double logsumexp;
 };
 
-// What tells whether a draft is accepted whatever the filters leave out: of the target's whole row
-// and the draft's. Each is found by another warp.
+// What tells whether a draft is accepted whatever the filters leave out: about what the tiles'
+// statistics say of the target's whole row and the draft's. Each is found by another warp.
 struct Evidence {
-  float above;  // all that could be above the draft's token in the target's row, as `sum` counts
-  float largest, sum;
-  double target_logsumexp, draft_logsumexp;  // the draft's at most that of what filters keep
+  float largest, sum;  // of the target's row
+  // All that could be above the draft's token in it, and what is at least, as `sum` counts.
+  float above, least_above;
+  float draft_largest, draft_sum;  // of the draft's; the sum at most that of what filters keep
 
   enum Kind { kAbove, kTarget, kDraft, kKinds };
 
   // One warp. top-p and min_p are all the filters; `stats` are of the target's row, then, unless
   // its logsumexp was given, of the draft's.
   __device__ __noinline__ void warp_find(int kind, const TileStats* stats, const Filters& filters,
-                                         const DraftOfWalk& draft, bool is_given, int tiles,
-                                         int lane) {
-    if (kind == kDraft && is_given) {
-      if (lane == 0) draft_logsumexp = draft.logsumexp;
-      return;
-    }
+                                         const DraftOfWalk& draft, bool is_given, int tiles) {
+    if (kind == kDraft && is_given) return;
     if (kind == kDraft) stats += tiles;
-    const float scale = filters.scale, most = warp_largest(stats, tiles, lane);
+    const int lane = block_lane();
+    float total;
+    const float most = warp_glance(stats, filters.scale, tiles, kind == kAbove ? nullptr : &total);
     if (kind == kAbove) {
       const float x = finite_logit(draft.token.values.target);
-      float found = 0.0f;
-      for (int tile = lane; tile < tiles; tile += kWarp) {
-        if (stats[tile].largest > x) found += tile_weight(stats[tile], most, scale);
+      float found = 0.0f, least = 0.0f;
+#pragma unroll 1
+      for (int first = 0; first < tiles; first += kWarp) {
+        const int tile = first + lane;
+        const bool is_above = tile < tiles && stats[tile].largest > x;
+        if (!__any_sync(kAllLanes, is_above)) continue;
+        if (!is_above) continue;
+        found += tile_weight(stats[tile], most, filters.scale);
+        least += exp2_portable(octaves_beside(stats[tile].largest, most, filters.scale));
       }
-#pragma unroll
-      for (int d = 1; d < kWarp; d *= 2) found += __shfl_xor_sync(kAllLanes, found, d);
+      found = group_total<kWarp>(found);
+      least = group_total<kWarp>(least);
       if (lane == 0) above = found;
+      if (lane == 0) least_above = least;
       return;
     }
-    double total = warp_row_sum(stats, most, scale, tiles, lane);
     if (lane != 0) return;
     if (kind == kTarget) {
       largest = most;
-      sum = static_cast<float>(total);
-      target_logsumexp = logsumexp_of(total, most, scale);
+      sum = total;
       return;
     }
     // The largest logit is always kept. Beside itself it weighs 0.7 at least.
     const bool only_largest = filters.min_p > 0.0f || !(filters.top_p > 0.0f);
-    if (only_largest) {
-      total = 0.5;
-    } else if (filters.top_p < 1.0f) {
-      total *= filters.top_p;
-    }
-    draft_logsumexp = logsumexp_of(total, most, scale);
+    draft_largest = most;
+    draft_sum = only_largest ? 0.5f : filters.top_p < 1.0f ? total * filters.top_p : total;
   }
 
-  // By more than roundings could change.
-  __device__ __forceinline__ bool surely_accepts(const DraftToken& draft, const Filters& filters,
-                                                 int vocab_size) const {
-    constexpr float kMargin = 0x1p-10f;
-    const float x_p = finite_logit(draft.values.target), x_q = finite_logit(draft.values.draft);
-    if (draft.id < 0 || draft.id >= vocab_size || !(fminf(x_p, x_q) > kNegativeInfinity)) {
-      return false;
-    }
-    const float scale = filters.scale, near = filters.min_p * (1.0f + kMargin);
-    const bool in_share = filters.top_p >= 1.0f || above < (1.0f - kMargin) * filters.top_p * sum;
-    const bool is_near = !(filters.min_p > 0.0f) || keeps_min_p(x_p, largest, scale, near);
+  enum Judgement { kUnknown, kExpected, kSure };
+
+  // Whether the draft is accepted by more than roundings could change, or is expected to be, since
+  // what is kept of the target's row has hardly more than the share of it.
+  __device__ __forceinline__ Judgement judge(const DraftOfWalk& draft, const Filters& filters,
+                                             bool is_given, int vocab_size) const {
+    const float x_p = finite_logit(draft.token.values.target);
+    const float x_q = finite_logit(draft.token.values.draft);
+    const bool is_known = draft.token.id >= 0 && draft.token.id < vocab_size;
+    if (!is_known || !(fminf(x_p, x_q) > kNegativeInfinity)) return kUnknown;
+    const float share = filters.top_p < 1.0f ? filters.top_p : 1.0f, near = filters.min_p;
+    const auto is_near = [&](float margin) {
+      return !(near > 0.0f) || keeps_min_p(x_p, largest, filters.scale, near * (1.0f + margin));
+    };
+    if (!(share >= 1.0f || least_above < share * sum) || !is_near(0.0f)) return kUnknown;
     // With less of the target's row kept its probability is larger.
-    const double difference = static_cast<double>(x_q) - x_p;
-    const double log2_ratio = difference * scale + (target_logsumexp - draft_logsumexp) * kLog2E;
+    const double log2_sum = anchor_of(largest, filters.scale);
+    const float ratio = sum * ratio_of(draft, filters.scale, is_given, log2_sum);
+    const bool is_kept = share >= 1.0f || above < (1.0f - kMargin) * share * sum;
+    if (is_kept && is_near(kMargin) && accepts(draft.token.u, ratio * (1.0f + kMargin), 1.0f)) {
+      return kSure;
+    }
+    return accepts(draft.token.u, ratio * share, 1.0f) ? kExpected : kUnknown;
+  }
+
+  // The same where it is known what is kept of the target's row.
+  __device__ __forceinline__ bool surely_accepts(const DraftOfWalk& draft, float scale,
+                                                 bool is_given, const Kept& kept) const {
+    if (!(finite_logit(draft.token.values.target) >= kept.threshold)) return false;
+    const float ratio = ratio_of(draft, scale, is_given, kept.logsumexp * kLog2E);
+    return accepts(draft.token.u, ratio * (1.0f + kMargin), 1.0f);
+  }
+
+ private:
+  static constexpr float kMargin = 0x1p-10f;
+
+  // At least the draft's probability over the target's, if log2 of the target's sum is this.
+  __device__ __forceinline__ float ratio_of(const DraftOfWalk& draft, float scale, bool is_given,
+                                            double log2_sum) const {
+    const DraftValues& values = draft.token.values;
+    const double difference = static_cast<double>(finite_logit(values.draft)) -
+                              finite_logit(values.target);
+    const double log2_draft_sum =
+        is_given ? draft.logsumexp * kLog2E : anchor_of(draft_largest, scale);
+    const double log2_ratio = difference * scale + (log2_sum - log2_draft_sum);
     const float ratio = exp2_portable(static_cast<float>(log2_ratio < 126 ? log2_ratio : 126));
-    return in_share && is_near && accepts(draft.u, ratio * (1.0f + kMargin), 1.0f);
+    return is_given ? ratio : ratio * reciprocal(draft_sum);
   }
 };
 
@@ -96,7 +127,7 @@ __global__ void __launch_bounds__(kMaxWarps* kWarp, 1)
   using At = PositionShared;
   __shared__ RowSummary summaries[2];
   __shared__ DraftOfWalk drafts_ahead[kWarp];
-  __shared__ Evidence evidence;
+  __shared__ Evidence both_evidence[2];  // of this position, and the one before
   __shared__ LogitsRow<T> row;
   __shared__ float recovery_uniform;
   __shared__ bool ends;
@@ -111,7 +142,7 @@ __global__ void __launch_bounds__(kMaxWarps* kWarp, 1)
   const unsigned spec_length = static_cast<unsigned>(a.base.spec_length);
   const int vocab_size = static_cast<int>(a.base.vocab_size), tiles = num_tiles(vocab_size);
   const int first = rank * warps + warp, step = warps * blocks;
-  const PositionShared at(shared, tiles, true);
+  PositionShared at(shared, tiles, true);
   const int drafts = drafts_of(a.base, b, spec_length);
   const float scale = a.scale(b);
   const bool greedy = a.is_greedy(b);
@@ -123,8 +154,23 @@ __global__ void __launch_bounds__(kMaxWarps* kWarp, 1)
     const float u = uniform(a.base, b, spec_length);
     if (lane == 0) recovery_uniform = u;
   }
+  const int row_bytes = tiles * static_cast<int>(sizeof(TileStats));
+  const bool is_given = a.draft_logsumexp != nullptr;
+  const int kept_bytes = 2 * static_cast<int>(sizeof(Kept));
+  if (threadIdx.x == 0) {
+    expect_sums(at.sums, tiles);
+    expect_bytes(at.pending + At::kDraftStats, row_bytes);
+    expect_bytes(at.pending + At::kKept, kept_bytes);
+    for (int turn = 0; turn < 2; ++turn) {  // of every block, and how many bytes, below
+      expect_announcements(at.pending + At::kStats + turn, blocks + 1);
+    }
+    if (blocks % 2 == 0) team_of(at, true, rank, blocks).expect();
+    team_of(at, false, rank, blocks).expect();
+  }
   unsigned k = 0;
-  int last_rows = 1;
+  Team drawing = {};
+  TileStats* const all_stats = at.stats;
+  int drafts_read = 0, searches = 0, told_by_halves = 0, told_by_all = 0;
   for (;; ++k) {
     const bool is_last = static_cast<int>(k) >= drafts;
     const T* x_p = static_cast<const T*>(a.base.target_probs) + b * a.base.target_row_stride +
@@ -135,26 +181,19 @@ __global__ void __launch_bounds__(kMaxWarps* kWarp, 1)
             k * a.base.draft_position_stride;
     }
     const int rows = num_draft_rows(a) > 0 && !greedy && !is_last ? 2 : 1;
-    const int summed_rows = a.draft_logsumexp ? 1 : rows;  // whose sums are not known before
+    const int summed_rows = is_given ? 1 : rows;  // whose sums are not known before
     const auto load = [&](int i, RawTile<T>& raw) {
       load_tile(i < tiles ? x_p : x_q, i < tiles ? i : i - tiles, vocab_size,
                 kNegativeInfinityWord<T>, lane, raw);
     };
     RawTile<T> raw;
     if (first < summed_rows * tiles) load(first, raw);
-    if (warp == 0 && lane <= At::kCounts) {  // a lane a word
-      if (k > 0) forget(at.pending + lane);
-      const int row_bytes = tiles * static_cast<int>(sizeof(TileStats));
-      int bytes = tiles * static_cast<int>(sizeof(float));  // TileSums
-      if (lane == At::kStats) bytes = summed_rows * row_bytes;
-      if (lane == At::kDraftStats) bytes = row_bytes;
-      if (lane == At::kKept) bytes = rows * static_cast<int>(sizeof(Kept));
-      if (lane < At::kCounts) {
-        expect_bytes(at.pending + lane, bytes);
-      } else {
-        expect_announcements(at.barrier, Sharing::team_size(rows, blocks));
-      }
-    }
+    // In turns here and there. A block that has all of this position's knows that nobody reads those
+    // of the position before: every block has announced that, whether it has tiles or not.
+    at.stats = all_stats + k % 2 * 2 * tiles;
+    Evidence& evidence = both_evidence[k % 2];
+    uint64_t* const pending = at.pending + At::kStats + k % 2;
+    if (threadIdx.x == 0) expect_more(pending, summed_rows * row_bytes);
     if (k > 0 && k % kWarp == 0) __syncthreads();  // nobody reads the drafts before
     if (warp == warps - 1 && k % kWarp == 0 && static_cast<int>(k) + lane < drafts) {
       const int64_t at_k = k + lane, id = request().id(at_k);
@@ -166,12 +205,15 @@ __global__ void __launch_bounds__(kMaxWarps* kWarp, 1)
     }
     const DraftOfWalk& draft = drafts_ahead[k % kWarp];
     __syncwarp();
-    // After it the words are set, the drafts are there, and nobody reads any more what was sent
-    // before.
-    cluster_arrive();
-    cluster_wait();
-    bool is_sure = false;
-    // Where its logsumexp was given the draft's row is read only where there is a search.
+    if (k == 0) {
+      cluster_start();
+      cluster_wait();
+    }
+    if (static_cast<int>(threadIdx.x) < blocks) announce(pending, static_cast<int>(threadIdx.x), 0);
+    if (k % kWarp == 0) __syncthreads();  // the drafts are there
+    Team team = team_of(at, is_halved(rows, blocks), rank, blocks);
+    bool is_accepted = false, alone = false;
+    // Where its logsumexp was given the draft's row is read only where there is a search in it.
 #pragma unroll 1
     for (int turn = 0; turn < 2; ++turn) {
       const int begin = turn * summed_rows * tiles + first;
@@ -181,25 +223,48 @@ __global__ void __launch_bounds__(kMaxWarps* kWarp, 1)
         const TileStats found = warp_tile_stats(raw, scale, kNegativeInfinity, sums_first, [&] {
           if (i + step < end) load(i + step, raw);
         });
-        const int count = turn ? At::kDraftStats : At::kStats;
-        TellStats{at.stats, at.pending + count, blocks}(i, found);
+        TellStats{at.stats, turn ? at.pending + At::kDraftStats : pending, blocks}(i, found);
       }
       if (turn > 0) {
-        if (rows > summed_rows) wait_for_bytes(at.pending + At::kDraftStats);
+        if (rows > summed_rows) {
+          wait_for_bytes(at.pending + At::kDraftStats, drafts_read++ & 1);
+          if (threadIdx.x == 0) expect_more(at.pending + At::kDraftStats, row_bytes);
+        }
         break;
       }
-      wait_for_bytes(at.pending + At::kStats);
+      // The next position will as a rule be wanted.
+      if (!is_last) {
+        prefetch_tile(x_p + a.base.target_position_stride, static_cast<const T*>(nullptr), first,
+                      vocab_size, lane);
+      }
+      wait_for_bytes(pending, k >> 1 & 1);
       if (rows == 1 || !sums_first) continue;
       for (int kind = warp; kind < Evidence::kKinds; kind += warps) {
-        evidence.warp_find(kind, at.stats, filters, draft, a.draft_logsumexp != nullptr, tiles,
-                           lane);
+        evidence.warp_find(kind, at.stats, filters, draft, is_given, tiles);
       }
       __syncthreads();
-      is_sure = evidence.surely_accepts(draft.token, filters, vocab_size);
-      if (is_sure) break;
+      const Evidence::Judgement found = evidence.judge(draft, filters, is_given, vocab_size);
+      is_accepted = found == Evidence::kSure;
+      if (is_accepted) break;
+      if (found == Evidence::kUnknown || !filters.any()) continue;
+      // All of the cluster searches in the target's row, which will do.
+      alone = true;
+      team = team_of(at, false, rank, blocks);
+      find_kept_of(at, 0, filters, team, x_p, vocab_size, &told_by_all);
+      is_accepted = evidence.surely_accepts(draft, scale, is_given, at.kept_of[0]);
+      if (is_accepted) break;
     }
-    if (is_sure) continue;
-    find_kept_of_rows(at, filters, Sharing(at, rows, rank, blocks), x_p, x_q, vocab_size);
+    if (is_accepted) continue;
+    if (!alone && is_halved(rows, blocks)) {
+      find_kept_by_halves(at, filters, team, x_p, x_q, vocab_size, &told_by_halves, searches++);
+      if (threadIdx.x == 0) expect_more(at.pending + At::kKept, kept_bytes);
+    } else {
+#pragma unroll 1
+      for (int i = rows - 1; i >= (alone ? 1 : 0); --i) {
+        find_kept_of(at, i, filters, team, i == 0 ? x_p : x_q, vocab_size, &told_by_all);
+      }
+      if (alone && lane == 0) at.search->seen[warp].count = -1;  // of the draft's row
+    }
     if (warp < summed_rows) {
       const RowSummary summary = warp_summarize_kept(at, warp, warp == 0 ? x_p : x_q, scale, greedy,
                                                      vocab_size, lane);
@@ -221,14 +286,13 @@ __global__ void __launch_bounds__(kMaxWarps* kWarp, 1)
       }
     }
     __syncthreads();
-    last_rows = rows;
+    drawing = team;
     if (ends) break;
   }
   using Outputs = fused_rejection::Request<T>;
   const Outputs outputs(a.base, b);
-  const Sharing sharing(at, last_rows, rank, blocks);
-  draw_kept(row, *at.search, sharing.last_row() == 0, sharing.team, vocab_size, recovery_uniform,
-            rank, blocks, at.sums, RequestOutput<Outputs>{outputs, k});
+  draw_kept(row, *at.search, drawing, vocab_size, recovery_uniform, rank, blocks, at.sums,
+            RequestOutput<Outputs>{outputs, k});
 #endif
 }
 

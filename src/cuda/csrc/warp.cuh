@@ -96,7 +96,7 @@ __device__ __forceinline__ void store_to_block(float* shared, int rank, float va
 }
 
 // A count of the bytes that send_to_block is still to bring, in shared memory. One thread sets it,
-// once, before its cluster_start (or after a forget(), before its cluster_arrive).
+// once, before its cluster_start.
 __device__ __forceinline__ void expect_bytes(uint64_t* pending, int bytes) {
 #if __CUDA_ARCH__ >= 900
   const uint32_t here = static_cast<uint32_t>(__cvta_generic_to_shared(pending));
@@ -104,6 +104,15 @@ __device__ __forceinline__ void expect_bytes(uint64_t* pending, int bytes) {
   asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(here), "r"(bytes)
                : "memory");
   asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
+#endif
+}
+
+// One thread of the block: so many more, in the next phase of either kind of word.
+__device__ __forceinline__ void expect_more(uint64_t* pending, int bytes) {
+#if __CUDA_ARCH__ >= 900
+  const uint32_t here = static_cast<uint32_t>(__cvta_generic_to_shared(pending));
+  asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(here), "r"(bytes)
+               : "memory");
 #endif
 }
 
@@ -128,14 +137,6 @@ __device__ __forceinline__ void announce(uint64_t* pending, int rank, int bytes)
                    there),
                "r"(bytes)
                : "memory");
-#endif
-}
-
-// One thread: either kind of word may be set anew, once nothing more comes for it and nobody waits.
-__device__ __forceinline__ void forget(uint64_t* word) {
-#if __CUDA_ARCH__ >= 900
-  const uint32_t here = static_cast<uint32_t>(__cvta_generic_to_shared(word));
-  asm volatile("mbarrier.inval.shared::cta.b64 [%0];" ::"r"(here) : "memory");
 #endif
 }
 
@@ -170,6 +171,22 @@ __device__ __forceinline__ void send_to_block(V* shared, uint64_t* pending, int 
         "r"(static_cast<uint32_t>(value)), "r"(count_there)
         : "memory");
   }
+#endif
+}
+
+// 16 bytes at once.
+__device__ __forceinline__ void send_words_to_block(uint4* shared, uint64_t* pending, int rank,
+                                                    const uint4& words) {
+#if __CUDA_ARCH__ >= 900
+  const uint32_t here = static_cast<uint32_t>(__cvta_generic_to_shared(shared));
+  const uint32_t count_here = static_cast<uint32_t>(__cvta_generic_to_shared(pending));
+  uint32_t there, count_there;
+  asm("mapa.shared::cluster.u32 %0, %1, %2;" : "=r"(there) : "r"(here), "r"(rank));
+  asm("mapa.shared::cluster.u32 %0, %1, %2;" : "=r"(count_there) : "r"(count_here), "r"(rank));
+  asm volatile(
+      "st.async.shared::cluster.mbarrier::complete_tx::bytes.v4.u32 [%0], {%1, %2, %3, %4}, [%5];"
+      ::"r"(there), "r"(words.x), "r"(words.y), "r"(words.z), "r"(words.w), "r"(count_there)
+      : "memory");
 #endif
 }
 
@@ -300,20 +317,25 @@ struct RawTile {
     return element(words[word / 4].word[word % 4], bit / 16);
   }
 
-  // The same where the bit is known only when it runs.
+  // The same where the bit is known only when it runs: halves of what is left, since what is picked
+  // by its number the compiler keeps in memory.
   __device__ __forceinline__ float of_any_bit(int bit) const {
-    uint32_t found = words[0].word[0];
+    constexpr int count = 4 * kVectors<T>;
+    uint32_t left[count];
 #pragma unroll
-    for (int w = 1; w < 4 * kVectors<T>; ++w) {
-      if (bit % 16 == w) found = words[w / 4].word[w % 4];
+    for (int w = 0; w < count; ++w) left[w] = words[w / 4].word[w % 4];
+#pragma unroll
+    for (int step = 1; step < count; step *= 2) {
+#pragma unroll
+      for (int w = 0; w < count; w += 2 * step) left[w] = bit & step ? left[w + step] : left[w];
     }
-    return element(found, bit / 16);
+    return element(left[0], bit >> 4);
   }
 
   // Where that element is in the tile.
   static __device__ __forceinline__ int place(int bit, int lane) {
-    const int word = bit % 16, vector = word / 4 * kWarp + lane;
-    return vector * kVector<T> + word % 4 * (4 / static_cast<int>(sizeof(T))) + bit / 16;
+    const int word = bit & 15, vector = (word >> 2) * kWarp + lane;
+    return vector * kVector<T> + (word & 3) * (4 / static_cast<int>(sizeof(T))) + (bit >> 4);
   }
 
   // The second half becomes the first.
