@@ -31,6 +31,7 @@ POSITIONS = f"{CSRC}/positions.cuh"
 WALK = f"{CSRC}/walk.cuh"
 SHARES = f"{CSRC}/shares.cuh"
 THRESHOLDS = f"{CSRC}/threshold.cuh"
+KEPT = f"{CSRC}/kept.cuh"
 TILES = f"{CSRC}/tiles.cuh"
 LEFT_BEHIND = (".git", ".venv", "build", "__pycache__", ".hypothesis", ".pytest_cache")
 LEFT_BEHIND += (".ruff_cache", "benchmark_results")
@@ -46,6 +47,7 @@ TESTS = {  # of a file: the test files, and pytest's -k
     LOGITS: (("tests/test_from_logits.py", "tests/test_logits_distribution.py"), "cpp"),
     **dict.fromkeys((POSITIONS, SHARES, WALK), (("tests/test_emulated_logits.py",), "positions")),
     THRESHOLDS: (("tests/test_emulated_logits.py",), "thresholds"),
+    KEPT: (("tests/test_emulated_logits.py",), "positions or thresholds or kept"),
     TILES: (("tests/test_emulated_logits.py",), "positions or thresholds"),
     "src/baseline/rejection_sampler.py": (
         ("tests/test_samplers.py", "tests/test_properties.py"),
@@ -302,25 +304,25 @@ MUTANTS = [
     Mutant(
         "logits: the draft's row is filtered by the target's threshold",
         POSITIONS,
-        "thresholds = {at.thresholds[0], at.thresholds[1]};",
-        "thresholds = {at.thresholds[0], at.thresholds[0]};",
+        "if (filtered && rows > 1) decided.summaries.threshold = at.kept_of[1].threshold;",
+        "if (filtered && rows > 1) decided.summaries.threshold = at.kept_of[0].threshold;",
     ),
     Mutant(
-        "logits: sums that a filter did not want at first are not made later",
-        POSITIONS,
-        "return sums_later || threshold > kNegativeInfinity;",
-        "return threshold > kNegativeInfinity;",
+        "thresholds: what is kept is not summed where the search did not come upon it",
+        THRESHOLDS,
+        "if (search.mass == 0) search.find_mass();",
+        "",
     ),
     Mutant(
         "logits: half a cluster does not wait for the other half's threshold",
         POSITIONS,
-        "wait_for_bytes(at.pending + At::kThresholds);",
+        "wait_for_bytes(pending, phase & 1);",
         "",
     ),
     Mutant(
         "thresholds: who searches together does not wait for what is told",
         THRESHOLDS,
-        "wait_for_arrivals(barrier, times & 1);",
+        "if (blocks > 1) wait_for_bytes(word(times), times >> 1 & 1);",
         "",
     ),
     Mutant(
@@ -344,56 +346,122 @@ MUTANTS = [
     Mutant(
         "logits: a draft is surely accepted though top-p may leave it out",
         WALK,
-        "return in_share && is_near",
-        "return is_near",
+        "const bool is_kept = share >= 1.0f || above < (1.0f - kMargin) * share * sum;",
+        "const bool is_kept = true;",
     ),
     Mutant(
         "logits: a draft is surely accepted by the whole row's share of a kept one",
         WALK,
-        "ratio * (1.0f + kMargin), 1.0f)",
-        "ratio * 0.9f, 1.0f)",
+        "accepts(draft.token.u, ratio * (1.0f + kMargin), 1.0f)) {",
+        "accepts(draft.token.u, ratio * 0.9f, 1.0f)) {",
     ),
     Mutant(
         "logits: a draft whose sum is not known counts as if its filters left nothing out",
         WALK,
-        "total *= filters.top_p;",
-        "",
+        "filters.top_p < 1.0f ? total * filters.top_p : total;",
+        "total;",
     ),
     Mutant(
         "logits: who walks does not wait for the statistics of the draft's row",
         WALK,
-        "if (rows > summed_rows) wait_for_bytes(at.pending + At::kDraftStats);",
-        "",
+        "wait_for_bytes(at.pending + At::kDraftStats, drafts_read++ & 1);",
+        "++drafts_read;",
     ),
     Mutant(
         "logits: the draft's own filters do not count where a cluster walks",
         WALK,
-        "decided.summaries.threshold = thresholds.draft;",
+        "if (rows > 1) decided.summaries.threshold = at.kept_of[1].threshold;",
         "",
     ),
     Mutant(
         "logits: a cluster walks on after a draft that filters may leave out",
         WALK,
-        "if (is_sure) continue;",
+        "if (is_accepted) continue;",
         "if (rows == 2) continue;",
     ),
     Mutant(
         "thresholds: what overflowed a warp's list counts as seen",
         THRESHOLDS,
-        "{overflows ? -1 : held, lo, hi}",
-        "{held, lo, hi}",
+        "{overflows ? -1 : held, lo, hi, hi >= largest}",
+        "{held, lo, hi, hi >= largest}",
     ),
     Mutant(
         "thresholds: the floor that was only guessed is the last",
         THRESHOLDS,
-        "if (floor == massless) return;",
-        "if (floor >= surest) return;",
+        "if (floor == floors.massless) return;",
+        "if (floor >= floors.surest) return;",
+    ),
+    Mutant(
+        "thresholds: of values counted the share is of those from the floor on",
+        THRESHOLDS,
+        "top_k > 0 ? static_cast<double>(s.merged[last]) : s.sum * unit;",
+        "static_cast<double>(s.merged[last]);",
+    ),
+    Mutant(
+        "thresholds: of values counted the least that min-p keeps is left out",
+        THRESHOLDS,
+        "keeps_min_p(value_of(bin), largest, scale, min_p)) kept = bin;",
+        "keeps_min_p(value_of(bin), largest, scale, min_p)) kept = bin - 1;",
+    ),
+    Mutant(
+        "thresholds: what blocks tell one another next is counted with this",
+        THRESHOLDS,
+        "if (blocks > 1) wait_for_bytes(word(times), times >> 1 & 1);\n    __syncthreads();",
+        "if (blocks > 1) wait_for_bytes(word(times), times >> 1 & 1);",
+    ),
+    Mutant(
+        "kept: of three logits of a tile only two are summed",
+        KEPT,
+        "if (others & (others - 1)) {",
+        "if (false) {",
+    ),
+    Mutant(
+        "kept: logits of a tile are added in the order of their places",
+        KEPT,
+        "const int leaf = place % (kTile / 2) * 2 + place / (kTile / 2);",
+        "const int leaf = place;",
+    ),
+    Mutant(
+        "kept: the tile behind the lanes of a list counts as one that ends with them",
+        KEPT,
+        "const int count = cut ? __ffs(cut) - 1 : kWarp;",
+        "const int count = kWarp;",
+    ),
+    Mutant(
+        "kept: a list that had no room for all counts as whole",
+        KEPT,
+        "{is_whole ? held : -1, threshold, kLargestFloat, true}",
+        "{held, threshold, kLargestFloat, true}",
+    ),
+    Mutant(
+        "logits: a draft that top-p leaves out of the target's row is accepted by a walk",
+        WALK,
+        "if (!(finite_logit(draft.token.values.target) >= kept.threshold)) return false;",
+        "",
+    ),
+    Mutant(
+        "logits: a walk draws from the lists of the draft's row",
+        WALK,
+        "if (alone && lane == 0) at.search->seen[warp].count = -1;",
+        "",
+    ),
+    Mutant(
+        "logits: a walk's blocks do not say that they have read the position before",
+        WALK,
+        "expect_announcements(at.pending + At::kStats + turn, blocks + 1);",
+        "expect_announcements(at.pending + At::kStats + turn, 2);",
     ),
     Mutant(
         "thresholds: the logit that reaches the share is left out",
         THRESHOLDS,
-        "before < goal.wanted && goal.wanted <= with",
-        "before <= goal.wanted && goal.wanted < with",
+        "lane == 0 && before < goal.wanted && goal.wanted <= with",
+        "lane == 0 && before <= goal.wanted && goal.wanted < with",
+    ),
+    Mutant(
+        "thresholds: of few logits the one that reaches the share is left out",
+        THRESHOLDS,
+        "block_lane() < count && before < goal.wanted && goal.wanted <= with",
+        "block_lane() < count && before <= goal.wanted && goal.wanted < with",
     ),
     Mutant(
         "thresholds: the carry of a bin's sum is lost",

@@ -312,9 +312,9 @@ void store_to_block(V* shared, int rank, V value) {
   std::memcpy(&all[rank].at(offset), &value, sizeof value);
 }
 
-// A count of bytes, as an mbarrier has it: the announcements that a phase lacks and those that it is
-// to have, its parity, and the bytes that are still to come. A value counts only once it is stored,
-// which happens in the order that threads are given turns.
+// A count of bytes, as an mbarrier has it: the announcements that a phase lacks and those that it
+// is to have, its parity, and the bytes that are still to come. A value counts only once it is
+// stored, which happens in the order that threads are given turns.
 struct ByteCount {
   static constexpr int kBytes = 17;
   static uint64_t word(int lacking, int count) {

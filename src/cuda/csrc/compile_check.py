@@ -2,7 +2,7 @@
 
     python src/cuda/csrc/compile_check.py [8.0 8.6 ...]
 
-Fails where a fast kernel spills registers. Wants nvcc, and cuRAND's headers from the CUDA toolkit
+Fails where a fast kernel spills registers, or one that searches stores more of them than it did. Wants nvcc, and cuRAND's headers from the CUDA toolkit
 or from the PyPI package nvidia-curand.
 """
 
@@ -32,16 +32,18 @@ FAST = (
     "advance_kernel",
 )
 # Launched from sm_90 on, where clusters are, or beside kernels in clusters.
-IN_CLUSTERS = ("positions_kernel", "decide_kernel", "draw_kernel")
+IN_CLUSTERS = ("positions_kernel", "decide_kernel", "draw_kernel", "walk_kernel")
 OTHERS = (
     "thread_per_row_kernel",
     "threshold_kernel",
-    "walk_kernel",  # up to 42 bytes, stored once a position, outside of its loops
     "clear_kernel",
     "finish_kernel",
     "floor_kernel",
 )
-KERNEL = re.compile(rf"\d({'|'.join((*FAST, *OTHERS))})[IE]")  # in a mangled name
+# Bytes that those which search for what filters keep may store, around that search and outside of
+# the loops over tiles: positions_kernel with filters, and once a position walk_kernel.
+SEARCHING = {"positions_kernel": 64, "walk_kernel": 320}
+KERNEL = re.compile(rf"\d({'|'.join((*FAST, *OTHERS, *SEARCHING))})[IE]")  # in a mangled name
 STEPS = {"0": "in cluster", "1": "alone", "2": "sum", "3": "select"}
 DTYPES = {"f": "float32", "8BFloat16": "bfloat16", "7Float16": "float16"}
 # One entry function's report.
@@ -94,12 +96,20 @@ def main() -> int:
                     f" {spills:>5} B spilled",
                     flush=True,
                 )
-                name = KERNEL.search(kernel["name"])[1]
-                runs = name in FAST and (name not in IN_CLUSTERS or float(architecture) >= 9)
-                spilled |= spills > 0 and runs
+                runs = float(architecture) >= 9 or KERNEL.search(kernel["name"])[1] not in IN_CLUSTERS
+                spilled |= runs and spills > 0 and int(kernel["stores"]) >= least_refused(kernel)
     if spilled:
         print(f"one of {', '.join(FAST)} spills registers where it runs", file=sys.stderr)
     return int(spilled)
+
+
+def least_refused(kernel: re.Match) -> float:
+    """Bytes stored by a kernel that spills, from which on it is refused."""
+    name = KERNEL.search(kernel["name"])[1]
+    filtered = name != "positions_kernel" or "Lb1E" in kernel["name"]
+    if name in SEARCHING and filtered:
+        return SEARCHING[name] + 1
+    return 0 if name in FAST else float("inf")
 
 
 def compile_kernels(
@@ -120,8 +130,9 @@ def describe(mangled: str) -> str:
     kernel = KERNEL.search(mangled)[1]
     dtype = re.search(kernel + r"I(?:NS0_)?(8BFloat16|7Float16|f)", mangled)
     step = re.search(r"StepE(\d)", mangled)
-    block = kernel == "logits_kernel" and "Lb1E" in mangled
-    parts = [kernel, dtype and DTYPES[dtype[1]], step and STEPS[step[1]], block and "block"]
+    flag = {"logits_kernel": "block", "positions_kernel": "filters"}.get(kernel)
+    parts = [kernel, dtype and DTYPES[dtype[1]], step and STEPS[step[1]]]
+    parts.append(flag if "Lb1E" in mangled else None)
     return ", ".join(part for part in parts if part)
 
 

@@ -49,8 +49,7 @@ __device__ LogitsRowAt<T> locate_row(const LogitsParams& a, int64_t row) {
 // A warp a tile, over all rows. `kept` [rows] or null.
 template <typename T>
 __global__ void __launch_bounds__(kMaxWarps* kWarp, kResidentBlocks)
-    tile_stats_kernel(const LogitsParams a, int64_t rows, const Kept* kept,
-                      TileStats* stats) {
+    tile_stats_kernel(const LogitsParams a, int64_t rows, const Kept* kept, TileStats* stats) {
   const int lane = threadIdx.x % kWarp, warp = threadIdx.x / kWarp, warps = blockDim.x / kWarp;
   const int vocab_size = static_cast<int>(a.base.vocab_size), tiles = num_tiles(vocab_size);
   // A block takes consecutive tiles of one row.
@@ -277,8 +276,8 @@ struct Workspace {
   }
 
   int64_t bytes() const {
-    return found_bytes + stats_bytes + sums_bytes + rows_bytes + tokens_bytes +
-           counters_bytes + verdicts_bytes;
+    return found_bytes + stats_bytes + sums_bytes + rows_bytes + tokens_bytes + counters_bytes +
+           verdicts_bytes;
   }
 };
 
@@ -349,7 +348,8 @@ struct LaunchLogits {
       const int blocks = blocks_of_shares(tiles, kDrawingWarps * plan.drawing_share);
       const cudaLaunchConfig_t draw =
           configure(a.base.batch_size * blocks, kDrawingWarps * kWarp, stream);
-      return launch_overlapping(draw_kernel<T>, draw, true, a, blocks, plan.drawing_share, findings);
+      return launch_overlapping(draw_kernel<T>, draw, true, a, blocks, plan.drawing_share,
+                                findings);
     }
     constexpr int requests = 4;  // a block
     const cudaLaunchConfig_t finish =
@@ -394,8 +394,7 @@ struct LaunchLogits {
     cudaLaunchConfig_t config = configure(a.base.batch_size * n, threads, stream);
     cudaLaunchConfig_t pass = configure(rows * ((tiles + warps - 1) / warps), threads, stream);
     const Kept* none = nullptr;
-    cudaError_t error =
-        cudaLaunchKernelEx(&pass, tile_stats_kernel<T>, a, rows, none, stats);
+    cudaError_t error = cudaLaunchKernelEx(&pass, tile_stats_kernel<T>, a, rows, none, stats);
     if (error == cudaSuccess && kept) {
       cudaLaunchConfig_t search = configure(rows, threads, stream);
       search.dynamicSmemBytes = sizeof(Search);

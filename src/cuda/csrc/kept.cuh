@@ -31,8 +31,8 @@ __device__ __forceinline__ void warp_clear(float* tile) {
   __syncwarp();
 }
 
-// One warp: tile_sum of a tile of which a lane may have the weight at a place; the others are 0, and
-// stay so.
+// One warp: tile_sum of a tile of which a lane may have the weight at a place; the others are 0,
+// and stay so.
 __device__ __forceinline__ float warp_sum_of_leaves(float* tile, bool has_one, int place,
                                                     float weight) {
   constexpr int own = kTile / kWarp;
@@ -71,7 +71,8 @@ __device__ __forceinline__ void each_listed_tile(const Listed& list, float thres
     const bool is_there = i < list.count;
     const int at = list.pending->places[is_there ? i : list.count - 1], slot = at / kTile;
     // A tile that goes on behind these is left for the next ones.
-    const int behind = first + kWarp < list.count ? list.pending->places[first + kWarp] / kTile : -1;
+    const int behind =
+        first + kWarp < list.count ? list.pending->places[first + kWarp] / kTile : -1;
     const unsigned cut = __ballot_sync(kAllLanes, slot == behind);
     const int count = cut ? __ffs(cut) - 1 : kWarp;
     if (count == 0) {
@@ -162,9 +163,9 @@ __device__ __forceinline__ void warp_list(Search& search, OwnTiles own, const Lo
 // One warp: the weights of a row's tiles that are its own, each to all blocks. row.stats: of all
 // logits, kept or not.
 template <typename T>
-__device__ __noinline__ void warp_weigh_kept(Search& search, OwnTiles own,
-                                             const LogitsRow<T>& row, int vocab_size, float* sums,
-                                             uint64_t* pending, int blocks) {
+__device__ __noinline__ void warp_weigh_kept(Search& search, OwnTiles own, const LogitsRow<T>& row,
+                                             int vocab_size, float* sums, uint64_t* pending,
+                                             int blocks) {
   const int lane = block_lane(), tiles = num_tiles(vocab_size);
   Listed list(search, block_warp(), own.step, tiles, row.softmax.threshold);
   if (list.count < 0) {
@@ -224,10 +225,9 @@ __device__ __noinline__ int warp_draw_listed(Search& search, int slot, int step,
 // draw_token in a cluster, from a row in which its first team, or the only one, searched. `row` is
 // in shared memory.
 template <typename T, typename Output>
-__device__ __forceinline__ void draw_kept(LogitsRow<T>& row, Search& search,
-                                          const Team& team, int vocab_size, const float& u,
-                                          int rank, int blocks, const TileSums& all,
-                                          const Output& output) {
+__device__ __forceinline__ void draw_kept(LogitsRow<T>& row, Search& search, const Team& team,
+                                          int vocab_size, const float& u, int rank, int blocks,
+                                          const TileSums& all, const Output& output) {
   __shared__ bool picked;
   const bool is_in_team = team.first == 0;
   const int lane = block_lane(), warp = block_warp(), tiles = num_tiles(vocab_size);

@@ -192,8 +192,8 @@ constexpr int kResidentPositions = filtered || sizeof(T) == 4 ? 1 : kResidentBlo
 
 template <typename T, bool filtered>
 __global__ void __launch_bounds__(kMaxWarps* kWarp, kResidentPositions<T, filtered>)
-    positions_kernel(const __grid_constant__ LogitsParams a, int blocks, bool early_exit, bool keeps,
-                     const __grid_constant__ Findings<T> findings) {
+    positions_kernel(const __grid_constant__ LogitsParams a, int blocks, bool early_exit,
+                     bool keeps, const __grid_constant__ Findings<T> findings) {
 #if FR_HAS_CLUSTERS
   using Request = LogitsRequest<T, PositionSummaries>;
   using At = PositionShared;

@@ -17,7 +17,7 @@ constexpr int kBins = 256;
 constexpr int kListed = 256;             // logits that are ranked by comparing each with each
 constexpr int kPending = kTile + kWarp;  // logits of a warp's tiles, in the range last looked for
 constexpr float kLeastFloat = -kLargestFloat;
-constexpr int kPlacedTiles = 128;        // of a warp: places have 16 bits
+constexpr int kPlacedTiles = 128;  // of a warp: places have 16 bits
 // Octaves that keep_share tries above what is sure, and where the largest logit has so much of the
 // mass.
 constexpr float kFewNearFloor = 3.0f, kFewNearPeak = 6.0f, kPeaked = 1.0f / 16;
@@ -194,9 +194,9 @@ __device__ __forceinline__ float logit_up_to(uint32_t key) {
 // The least float above a logit.
 __device__ __forceinline__ float next_above(float logit) { return logit_of(key_of(logit) + 1); }
 
-// One warp: f(raw, tile, slot) for each of its tiles from `tile` on that has a logit of at least lo,
-// `slot` saying which of its tiles it is, until f is false: `tile` is that one then, else the end of
-// the row.
+// One warp: f(raw, tile, slot) for each of its tiles from `tile` on that has a logit of at least
+// lo, `slot` saying which of its tiles it is, until f is false: `tile` is that one then, else the
+// end of the row.
 template <typename T, typename F>
 __device__ __forceinline__ void each_tile_from(const T* x, const TileStats* stats, OwnTiles own,
                                                int vocab_size, float lo, int* tile, const F& f) {
@@ -235,10 +235,10 @@ __device__ __forceinline__ void each_tile_from(const T* x, const TileStats* stat
   *tile = at;
 }
 
-// One warp: makes a list of the logits of its tiles from `tile` on that are at least lo, and at most
-// hi unless that is the largest of all; ends before the tile for which it has no room, which is
-// `tile` then, else that is the end of the row. How many there are. A call, as are the steps of the
-// search: they are many, and a warp waits longer for new instructions than for most else.
+// One warp: makes a list of the logits of its tiles from `tile` on that are at least lo, and at
+// most hi unless that is the largest of all; ends before the tile for which it has no room, which
+// is `tile` then, else that is the end of the row. How many there are. A call, as are the steps of
+// the search: they are many, and a warp waits longer for new instructions than for most else.
 template <typename T>
 __device__ __noinline__ int warp_collect(const T* x, const TileStats* stats, OwnTiles own,
                                          int vocab_size, float lo, float hi, Pending* pending,
@@ -269,8 +269,8 @@ __device__ __noinline__ int warp_collect(const T* x, const TileStats* stats, Own
   return held;
 }
 
-// One warp: counts the logits of its tiles that are at least lo, the 16-bit ones as many steps below
-// the one whose key is `most` as there are counts.
+// One warp: counts the logits of its tiles that are at least lo, the 16-bit ones as many steps
+// below the one whose key is `most` as there are counts.
 template <typename T>
 __device__ __noinline__ void warp_count_values(const T* x, const TileStats* stats, OwnTiles own,
                                                int vocab_size, float lo, uint32_t most,
@@ -288,8 +288,8 @@ __device__ __noinline__ void warp_count_values(const T* x, const TileStats* stat
   });
 }
 
-// One warp: the largest logit of a row, and, unless that is null, about the sum of its weights beside
-// it.
+// One warp: the largest logit of a row, and, unless that is null, about the sum of its weights
+// beside it.
 __device__ __forceinline__ float warp_glance(const TileStats* stats, float scale, int tiles,
                                              float* rough_sum) {
   constexpr int own = 8;
@@ -444,8 +444,7 @@ struct ThresholdSearch {
     }
     __syncthreads();
     const int listed = s.mine.count <= kListed ? static_cast<int>(s.mine.count) : 0;
-    team.tell(&told.findings[team.rank].count, &s.mine.count, Finding::kWords,
-              exchange - 1);
+    team.tell(&told.findings[team.rank].count, &s.mine.count, Finding::kWords, exchange - 1);
     team.tell(told.listed[team.rank], s.ranked, listed, exchange - 1);
     team.announce_all(static_cast<int>(sizeof(Finding) + listed * sizeof(float)), exchange - 1);
     team.wait(exchange - 1);
@@ -797,8 +796,8 @@ struct ThresholdSearch {
     mass = are_listed ? listed_mass(static_cast<int>(found.count), least) : 0;
   }
 
-  // All filters at once where the logits have 16 bits and few values from `floor` on, which may be a
-  // guess: how many there are of each value says all. False where it does not.
+  // All filters at once where the logits have 16 bits and few values from `floor` on, which may be
+  // a guess: how many there are of each value says all. False where it does not.
   __device__ __noinline__ bool keep_values(int top_k, float top_p, float min_p, float floor) {
     Search& s = here();
     const float largest = this->largest, scale = this->scale, unit = this->unit;

@@ -13,10 +13,11 @@ namespace {
 // both rows tell with top-p.
 inline bool may_walk(const LogitsParams& a) { return a.top_p && !a.top_k && num_draft_rows(a) > 0; }
 
-// A draft, and the draft's logsumexp at its position where that was given.
+// A draft, and the draft's logsumexp at its position where that was given, also about in octaves.
 struct DraftOfWalk {
   DraftToken token;
   double logsumexp;
+  float octaves;
 };
 
 // What tells whether a draft is accepted whatever the filters leave out: about what the tiles'
@@ -84,8 +85,8 @@ struct Evidence {
     };
     if (!(share >= 1.0f || least_above < share * sum) || !is_near(0.0f)) return kUnknown;
     // With less of the target's row kept its probability is larger.
-    const double log2_sum = anchor_of(largest, filters.scale);
-    const float ratio = sum * ratio_of(draft, filters.scale, is_given, log2_sum);
+    const float anchor = largest * filters.scale;
+    const float ratio = sum * ratio_of(draft, filters.scale, is_given, whole(anchor));
     const bool is_kept = share >= 1.0f || above < (1.0f - kMargin) * share * sum;
     if (is_kept && is_near(kMargin) && accepts(draft.token.u, ratio * (1.0f + kMargin), 1.0f)) {
       return kSure;
@@ -97,23 +98,27 @@ struct Evidence {
   __device__ __forceinline__ bool surely_accepts(const DraftOfWalk& draft, float scale,
                                                  bool is_given, const Kept& kept) const {
     if (!(finite_logit(draft.token.values.target) >= kept.threshold)) return false;
-    const float ratio = ratio_of(draft, scale, is_given, kept.logsumexp * kLog2E);
+    const float octaves = static_cast<float>(kept.logsumexp * kLog2E);
+    const float ratio = ratio_of(draft, scale, is_given, octaves);
     return accepts(draft.token.u, ratio * (1.0f + kMargin), 1.0f);
   }
 
  private:
   static constexpr float kMargin = 0x1p-10f;
 
-  // At least the draft's probability over the target's, if log2 of the target's sum is this.
+  // At least the draft's probability over the target's, if log2 of the target's sum is this; NaN
+  // where float32 would not tell it by less than the margin.
   __device__ __forceinline__ float ratio_of(const DraftOfWalk& draft, float scale, bool is_given,
-                                            double log2_sum) const {
-    const DraftValues& values = draft.token.values;
-    const double difference = static_cast<double>(finite_logit(values.draft)) -
-                              finite_logit(values.target);
-    const double log2_draft_sum =
-        is_given ? draft.logsumexp * kLog2E : anchor_of(draft_largest, scale);
-    const double log2_ratio = difference * scale + (log2_sum - log2_draft_sum);
-    const float ratio = exp2_portable(static_cast<float>(log2_ratio < 126 ? log2_ratio : 126));
+                                            float octaves) const {
+    constexpr float kMost = 0x1p10f;
+    const float x_p = finite_logit(draft.token.values.target) * scale;
+    const float x_q = finite_logit(draft.token.values.draft) * scale;
+    const float draft_octaves = is_given ? draft.octaves : whole(draft_largest * scale);
+    const float most =
+        fmaxf(fmaxf(fabsf(x_p), fabsf(x_q)), fmaxf(fabsf(octaves), fabsf(draft_octaves)));
+    if (!(most < kMost)) return NAN;
+    const float log2_ratio = (x_q - x_p) + (octaves - draft_octaves);
+    const float ratio = exp2_portable(log2_ratio < 126.0f ? log2_ratio : 126.0f);
     return is_given ? ratio : ratio * reciprocal(draft_sum);
   }
 };
@@ -188,8 +193,8 @@ __global__ void __launch_bounds__(kMaxWarps* kWarp, 1)
     };
     RawTile<T> raw;
     if (first < summed_rows * tiles) load(first, raw);
-    // In turns here and there. A block that has all of this position's knows that nobody reads those
-    // of the position before: every block has announced that, whether it has tiles or not.
+    // In turns here and there. A block that has all of this position's knows that nobody reads
+    // those of the position before: every block has announced that, whether it has tiles or not.
     at.stats = all_stats + k % 2 * 2 * tiles;
     Evidence& evidence = both_evidence[k % 2];
     uint64_t* const pending = at.pending + At::kStats + k % 2;
@@ -201,6 +206,7 @@ __global__ void __launch_bounds__(kMaxWarps* kWarp, 1)
       ahead.token = {id, uniform(a.base, b, at_k), request().values(at_k, id)};
       if (a.draft_logsumexp) {
         ahead.logsumexp = a.draft_logsumexp[static_cast<int64_t>(b) * spec_length + at_k];
+        ahead.octaves = static_cast<float>(ahead.logsumexp * kLog2E);
       }
     }
     const DraftOfWalk& draft = drafts_ahead[k % kWarp];
@@ -266,8 +272,8 @@ __global__ void __launch_bounds__(kMaxWarps* kWarp, 1)
       if (alone && lane == 0) at.search->seen[warp].count = -1;  // of the draft's row
     }
     if (warp < summed_rows) {
-      const RowSummary summary = warp_summarize_kept(at, warp, warp == 0 ? x_p : x_q, scale, greedy,
-                                                     vocab_size, lane);
+      const RowSummary summary =
+          warp_summarize_kept(at, warp, warp == 0 ? x_p : x_q, scale, greedy, vocab_size, lane);
       if (lane == 0) summaries[warp] = summary;
     }
     __syncthreads();

@@ -126,17 +126,17 @@ __device__ __forceinline__ void expect_announcements(uint64_t* pending, int bloc
 #endif
 }
 
-// One thread of a block: what it sends to block `rank` in this phase. It publishes nothing else, and
-// so needs no fence.
+// One thread of a block: what it sends to block `rank` in this phase. It publishes nothing else,
+// and so needs no fence.
 __device__ __forceinline__ void announce(uint64_t* pending, int rank, int bytes) {
 #if __CUDA_ARCH__ >= 900
   const uint32_t here = static_cast<uint32_t>(__cvta_generic_to_shared(pending));
   uint32_t there;
   asm("mapa.shared::cluster.u32 %0, %1, %2;" : "=r"(there) : "r"(here), "r"(rank));
-  asm volatile("mbarrier.arrive.expect_tx.relaxed.cluster.shared::cluster.b64 _, [%0], %1;" ::"r"(
-                   there),
-               "r"(bytes)
-               : "memory");
+  asm volatile(
+      "mbarrier.arrive.expect_tx.relaxed.cluster.shared::cluster.b64 _, [%0], %1;" ::"r"(there),
+      "r"(bytes)
+      : "memory");
 #endif
 }
 
@@ -184,8 +184,9 @@ __device__ __forceinline__ void send_words_to_block(uint4* shared, uint64_t* pen
   asm("mapa.shared::cluster.u32 %0, %1, %2;" : "=r"(there) : "r"(here), "r"(rank));
   asm("mapa.shared::cluster.u32 %0, %1, %2;" : "=r"(count_there) : "r"(count_here), "r"(rank));
   asm volatile(
-      "st.async.shared::cluster.mbarrier::complete_tx::bytes.v4.u32 [%0], {%1, %2, %3, %4}, [%5];"
-      ::"r"(there), "r"(words.x), "r"(words.y), "r"(words.z), "r"(words.w), "r"(count_there)
+      "st.async.shared::cluster.mbarrier::complete_tx::bytes.v4.u32 [%0], {%1, %2, %3, %4}, "
+      "[%5];" ::"r"(there),
+      "r"(words.x), "r"(words.y), "r"(words.z), "r"(words.w), "r"(count_there)
       : "memory");
 #endif
 }
