@@ -2,8 +2,8 @@
 
     python src/cuda/csrc/compile_check.py [8.0 8.6 ...]
 
-Fails where a fast kernel spills registers, or one that searches stores more of them than it did. Wants nvcc, and cuRAND's headers from the CUDA toolkit
-or from the PyPI package nvidia-curand.
+Fails where a fast kernel spills registers, or one that searches stores more of them than it did.
+Wants nvcc, and cuRAND's headers from the CUDA toolkit or from the PyPI package nvidia-curand.
 """
 
 import os
@@ -96,7 +96,8 @@ def main() -> int:
                     f" {spills:>5} B spilled",
                     flush=True,
                 )
-                runs = float(architecture) >= 9 or KERNEL.search(kernel["name"])[1] not in IN_CLUSTERS
+                name = KERNEL.search(kernel["name"])[1]
+                runs = float(architecture) >= 9 or name not in IN_CLUSTERS
                 spilled |= runs and spills > 0 and int(kernel["stores"]) >= least_refused(kernel)
     if spilled:
         print(f"one of {', '.join(FAST)} spills registers where it runs", file=sys.stderr)
