@@ -277,7 +277,13 @@ __global__ void __launch_bounds__(kMaxWarps* kWarp, kResidentPositions<T, filter
       send_to_block(at.is_over, at.pending + At::kIsOver, lane, is_over);
     }
     wait_for_bytes(at.pending + At::kIsOver);
-    if (*at.is_over > 0.0f) return;
+    if (*at.is_over > 0.0f) {
+      const int64_t position = static_cast<int64_t>(b) * (spec_length + 1) + k;
+      if (findings.tokens && rank == 0 && threadIdx.x == 0) {
+        findings.tokens[position] = kPlaceholderTokenId;
+      }
+      return;
+    }
   }
   // Where all blocks run at once the card has time for rows that only a rejection reads.
   const bool ahead = !filtered && !early_exit && rows == 1 && x_q;

@@ -247,6 +247,7 @@ __global__ void __launch_bounds__(kMaxWarps* kWarp, 1)
       if (rows == 1 || !sums_first) continue;
       for (int kind = warp; kind < Evidence::kKinds; kind += warps) {
         evidence.warp_find(kind, at.stats, filters, draft, is_given, tiles);
+        __syncwarp();  // a barrier wants all lanes together
       }
       __syncthreads();
       const Evidence::Judgement found = evidence.judge(draft, filters, is_given, vocab_size);
