@@ -10,6 +10,7 @@
 #include <atomic>
 #include <chrono>
 #include <cmath>
+#include <cstdio>
 #include <cstdlib>
 #include <cstring>
 #include <functional>
@@ -74,6 +75,8 @@ struct Block {
   int rank = 0;
   Cluster* cluster = nullptr;
   Rendezvous meet;
+  int line = 0;  // where its threads meet
+  const char* file = "";
   std::vector<Fiber> fibers;
   std::vector<Warp> warps;
   jmp_buf scheduler;
@@ -206,7 +209,19 @@ inline void launch(int blocks, int threads, int cluster_size, size_t shared_floa
 }  // namespace emulation
 
 inline void __syncwarp() { emulation::fiber().warp->meet.wait(); }
-inline void __syncthreads() { emulation::block().meet.wait(); }
+// All threads of a block have to wait at the same place.
+inline void __syncthreads(int line = __builtin_LINE(), const char* file = __builtin_FILE()) {
+  emulation::Block& block = emulation::block();
+  if (block.meet.arrived == 0) {
+    block.line = line;
+    block.file = file;
+  } else if (block.line != line || std::strcmp(block.file, file) != 0) {
+    std::fprintf(stderr, "threads wait at %s:%d and at %s:%d\n", block.file, block.line, file,
+                 line);
+    block.cluster->failed = true;
+  }
+  block.meet.wait();
+}
 
 template <typename T>
 T __shfl_sync(unsigned, T value, int source) {

@@ -30,14 +30,13 @@ struct Evidence {
 
   enum Kind { kAbove, kTarget, kDraft, kKinds };
 
-  // One warp. top-p and min_p are all the filters; `stats` are of the target's row, then, unless
-  // its logsumexp was given, of the draft's.
+  // One warp. top-p and min_p are all the filters; `stats` are of the target's row, then, where its
+  // logsumexp was not given, of the draft's.
   __device__ __noinline__ void warp_find(int kind, const TileStats* stats, const Filters& filters,
-                                         const DraftOfWalk& draft, bool is_given, int tiles) {
-    if (kind == kDraft && is_given) return;
+                                         const DraftOfWalk& draft, int tiles) {
     if (kind == kDraft) stats += tiles;
     const int lane = block_lane();
-    float total;
+    float total = 0.0f;
     const float most = warp_glance(stats, filters.scale, tiles, kind == kAbove ? nullptr : &total);
     if (kind == kAbove) {
       const float x = finite_logit(draft.token.values.target);
@@ -47,26 +46,28 @@ struct Evidence {
         const int tile = first + lane;
         const bool is_above = tile < tiles && stats[tile].largest > x;
         if (!__any_sync(kAllLanes, is_above)) continue;
-        if (!is_above) continue;
-        found += tile_weight(stats[tile], most, filters.scale);
-        least += exp2_portable(octaves_beside(stats[tile].largest, most, filters.scale));
+        if (is_above) {
+          found += tile_weight(stats[tile], most, filters.scale);
+          least += exp2_portable(octaves_beside(stats[tile].largest, most, filters.scale));
+        }
+        __syncwarp();
       }
       found = group_total<kWarp>(found);
       least = group_total<kWarp>(least);
-      if (lane == 0) above = found;
-      if (lane == 0) least_above = least;
-      return;
-    }
-    if (lane != 0) return;
-    if (kind == kTarget) {
+      if (lane == 0) {
+        above = found;
+        least_above = least;
+      }
+    } else if (lane == 0 && kind == kTarget) {
       largest = most;
       sum = total;
-      return;
+    } else if (lane == 0) {
+      // The largest logit is always kept. Beside itself it weighs 0.7 at least.
+      const bool only_largest = filters.min_p > 0.0f || !(filters.top_p > 0.0f);
+      draft_largest = most;
+      draft_sum = only_largest ? 0.5f : filters.top_p < 1.0f ? total * filters.top_p : total;
     }
-    // The largest logit is always kept. Beside itself it weighs 0.7 at least.
-    const bool only_largest = filters.min_p > 0.0f || !(filters.top_p > 0.0f);
-    draft_largest = most;
-    draft_sum = only_largest ? 0.5f : filters.top_p < 1.0f ? total * filters.top_p : total;
+    __syncwarp();
   }
 
   enum Judgement { kUnknown, kExpected, kSure };
@@ -245,9 +246,9 @@ __global__ void __launch_bounds__(kMaxWarps* kWarp, 1)
       }
       wait_for_bytes(pending, k >> 1 & 1);
       if (rows == 1 || !sums_first) continue;
-      for (int kind = warp; kind < Evidence::kKinds; kind += warps) {
-        evidence.warp_find(kind, at.stats, filters, draft, is_given, tiles);
-        __syncwarp();  // a barrier wants all lanes together
+#pragma unroll 1
+      for (int kind = 0; kind < (is_given ? Evidence::kDraft : Evidence::kKinds); ++kind) {
+        if (kind % warps == warp) evidence.warp_find(kind, at.stats, filters, draft, tiles);
       }
       __syncthreads();
       const Evidence::Judgement found = evidence.judge(draft, filters, is_given, vocab_size);
