@@ -616,7 +616,7 @@ MUTANTS = [
     Mutant(
         "logits: a position that does not end its request leaves no sign of that",
         POSITIONS,
-        "findings.tokens[position] = kPlaceholderTokenId;",
+        "if (findings.tokens && !ends) findings.tokens[position] = kPlaceholderTokenId;",
         ";",
     ),
     Mutant(
