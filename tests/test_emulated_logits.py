@@ -282,3 +282,24 @@ def test_thresholds_found_by_the_blocks_of_a_cluster(kind, blocks):
 @pytest.mark.parametrize("temperature", [0.01, 0.7, 50.0])
 def test_thresholds_at_other_temperatures(temperature):
     check_thresholds(filtered_row("peaked", 4003), temperature=temperature)
+
+
+@pytest.mark.parametrize("count", [3, 8, 32])
+def test_weights_kept_of_a_tile_are_added_in_its_order(count):
+    generator = torch.Generator().manual_seed(count)
+    for _ in range(20):
+        places = torch.randperm(512, generator=generator)[:count].int()
+        weights = torch.rand(count, generator=generator).exp()
+        sums = torch.zeros(512)
+        sums[places.long()] = weights
+        sums = sums[:256] + sums[256:]
+        while sums.numel() > 1:
+            sums = sums[0::2] + sums[1::2]
+        assert torch.equal(emulation.sum_of_leaves(weights, places), sums[0])
+
+
+def test_positions_that_keep_more_than_a_warps_list_has_room_for():
+    case = make_logits_case(2, 1, 20000, dtype=torch.bfloat16)
+    for name in ("target_logits", "draft_logits"):
+        case[name] *= 0.1
+    check(case, [("cluster", 1, False)], top_p=torch.full((2,), 0.95))

@@ -198,6 +198,24 @@ void run_logits(const LogitsParams& a, int kernel, int n, bool early_exit, unsig
 }  // namespace
 }  // namespace fused_rejection
 
+// The sum of a tile of which `count` places have weights, and the others 0.
+extern "C" int emulate_sum_of_leaves(const float* weights, const int* places, int count,
+                                     float* sum) {
+  using namespace fused_rejection;
+  std::vector<float> tile(kTile, 0.0f);
+  const auto body = [&] {
+    const int lane = static_cast<int>(threadIdx.x), own = lane < count ? lane : 0;
+    const float found = warp_sum_of_leaves(tile.data(), lane < count, places[own], weights[own]);
+    if (lane == 0) *sum = found;
+  };
+  try {
+    emulation::launch(1, kWarp, 1, 0, body, 0);
+  } catch (const std::exception&) {
+    return 1;
+  }
+  return 0;
+}
+
 // `early_exit`: of positions_kernel.
 extern "C" int emulate_from_logits(const fused_rejection::LogitsParams* params, int kernel,
                                    int blocks, int early_exit, unsigned seed) {
