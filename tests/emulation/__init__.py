@@ -233,7 +233,7 @@ def tile_sums(p: torch.Tensor, q: torch.Tensor) -> tuple[torch.Tensor, torch.Ten
 
 
 def sum_of_leaves(weights: torch.Tensor, places: torch.Tensor) -> torch.Tensor:
-    """[] float32, the sum of a tile that has `weights` [n] float32 at `places` [n] int32, n <= 32."""
+    """[] float32, the sum of a tile with `weights` [n] float32 at `places` [n] int32, n <= 32."""
     total = torch.full((), float("nan"))
     status = library("emulate.cpp").emulate_sum_of_leaves(
         *(ctypes.c_void_p(t.data_ptr()) for t in (weights, places)),
