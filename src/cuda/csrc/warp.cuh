@@ -85,12 +85,20 @@ __device__ __forceinline__ void cluster_wait() {
 #endif
 }
 
-// Stores a value into the same shared variable of block `rank` of this cluster.
-__device__ __forceinline__ void store_to_block(float* shared, int rank, float value) {
 #if __CUDA_ARCH__ >= 900
+// Where a shared variable is in block `rank` of this cluster.
+__device__ __forceinline__ uint32_t address_in_block(const void* shared, int rank) {
   const uint32_t here = static_cast<uint32_t>(__cvta_generic_to_shared(shared));
   uint32_t there;
   asm("mapa.shared::cluster.u32 %0, %1, %2;" : "=r"(there) : "r"(here), "r"(rank));
+  return there;
+}
+#endif
+
+// Stores a value into the same shared variable of block `rank` of this cluster.
+__device__ __forceinline__ void store_to_block(float* shared, int rank, float value) {
+#if __CUDA_ARCH__ >= 900
+  const uint32_t there = address_in_block(shared, rank);
   asm volatile("st.shared::cluster.f32 [%0], %1;" ::"r"(there), "f"(value) : "memory");
 #endif
 }
@@ -130,9 +138,7 @@ __device__ __forceinline__ void expect_announcements(uint64_t* pending, int bloc
 // and so needs no fence.
 __device__ __forceinline__ void announce(uint64_t* pending, int rank, int bytes) {
 #if __CUDA_ARCH__ >= 900
-  const uint32_t here = static_cast<uint32_t>(__cvta_generic_to_shared(pending));
-  uint32_t there;
-  asm("mapa.shared::cluster.u32 %0, %1, %2;" : "=r"(there) : "r"(here), "r"(rank));
+  const uint32_t there = address_in_block(pending, rank);
   asm volatile(
       "mbarrier.arrive.expect_tx.relaxed.cluster.shared::cluster.b64 _, [%0], %1;" ::"r"(there),
       "r"(bytes)
@@ -145,11 +151,8 @@ template <typename V>
 __device__ __forceinline__ void send_to_block(V* shared, uint64_t* pending, int rank, V value) {
 #if __CUDA_ARCH__ >= 900
   static_assert(sizeof(V) == 4 || sizeof(V) == 8);
-  const uint32_t here = static_cast<uint32_t>(__cvta_generic_to_shared(shared));
-  const uint32_t count_here = static_cast<uint32_t>(__cvta_generic_to_shared(pending));
-  uint32_t there, count_there;
-  asm("mapa.shared::cluster.u32 %0, %1, %2;" : "=r"(there) : "r"(here), "r"(rank));
-  asm("mapa.shared::cluster.u32 %0, %1, %2;" : "=r"(count_there) : "r"(count_here), "r"(rank));
+  const uint32_t there = address_in_block(shared, rank);
+  const uint32_t count_there = address_in_block(pending, rank);
   if constexpr (std::is_same_v<V, double>) {
     asm volatile(
         "st.async.shared::cluster.mbarrier::complete_tx::bytes.f64 [%0], %1, [%2];" ::"r"(there),
@@ -178,11 +181,8 @@ __device__ __forceinline__ void send_to_block(V* shared, uint64_t* pending, int 
 __device__ __forceinline__ void send_words_to_block(uint4* shared, uint64_t* pending, int rank,
                                                     const uint4& words) {
 #if __CUDA_ARCH__ >= 900
-  const uint32_t here = static_cast<uint32_t>(__cvta_generic_to_shared(shared));
-  const uint32_t count_here = static_cast<uint32_t>(__cvta_generic_to_shared(pending));
-  uint32_t there, count_there;
-  asm("mapa.shared::cluster.u32 %0, %1, %2;" : "=r"(there) : "r"(here), "r"(rank));
-  asm("mapa.shared::cluster.u32 %0, %1, %2;" : "=r"(count_there) : "r"(count_here), "r"(rank));
+  const uint32_t there = address_in_block(shared, rank);
+  const uint32_t count_there = address_in_block(pending, rank);
   asm volatile(
       "st.async.shared::cluster.mbarrier::complete_tx::bytes.v4.u32 [%0], {%1, %2, %3, %4}, "
       "[%5];" ::"r"(there),
@@ -195,11 +195,8 @@ __device__ __forceinline__ void send_words_to_block(uint4* shared, uint64_t* pen
 __device__ __forceinline__ void send_pair_to_block(float* shared, uint64_t* pending, int rank,
                                                    float first, float second) {
 #if __CUDA_ARCH__ >= 900
-  const uint32_t here = static_cast<uint32_t>(__cvta_generic_to_shared(shared));
-  const uint32_t count_here = static_cast<uint32_t>(__cvta_generic_to_shared(pending));
-  uint32_t there, count_there;
-  asm("mapa.shared::cluster.u32 %0, %1, %2;" : "=r"(there) : "r"(here), "r"(rank));
-  asm("mapa.shared::cluster.u32 %0, %1, %2;" : "=r"(count_there) : "r"(count_here), "r"(rank));
+  const uint32_t there = address_in_block(shared, rank);
+  const uint32_t count_there = address_in_block(pending, rank);
   asm volatile(
       "st.async.shared::cluster.mbarrier::complete_tx::bytes.v2.f32 [%0], {%1, %2}, [%3];" ::"r"(
           there),
