@@ -257,7 +257,11 @@ template <typename Row>
 void fill_tile(const Row& row, int vocab_size, int tile, float* w) {
   const int begin = tile * kTile, count = std::min(kTile, vocab_size - begin);
   const Row here = row.from(begin);
-  if (here.q) {  // apart, so that each loop vectorizes
+  if (here.q && here.is_plain()) {  // apart, so that each loop vectorizes
+    for (int m = 0; m < count; ++m) {
+      w[m] = here.with_plain_draft(static_cast<float>(here.p[m]), static_cast<float>(here.q[m]));
+    }
+  } else if (here.q) {
     for (int m = 0; m < count; ++m) {
       w[m] = here.with_draft(static_cast<float>(here.p[m]), static_cast<float>(here.q[m]));
     }

@@ -141,7 +141,7 @@ RowSummary summarize(const LogitsParams& a, int64_t b, const T* x, std::vector<T
     if (largest > kNegativeInfinity) {
       for (argmax = 0; finite_logit(static_cast<float>(x[argmax])) != largest;) ++argmax;
     }
-    return {largest, stats.data(), largest, kNegativeInfinity, argmax};
+    return {0.0, largest, stats.data(), largest, kNegativeInfinity, argmax};
   }
   const auto sum = [&] {
     Spans<double> spans;
@@ -150,12 +150,12 @@ RowSummary summarize(const LogitsParams& a, int64_t b, const T* x, std::vector<T
   };
   const double total = sum();
   if (!a.filters(b) || !(largest > kNegativeInfinity)) {
-    return {logsumexp_of(total, largest, scale), stats.data(), largest, kNegativeInfinity, -1};
+    return {total, -INFINITY, stats.data(), largest, kNegativeInfinity, -1};
   }
   const Kept kept = find_kept(a, b, x, largest, scale, total);
   pass(kept.threshold);
   const double logsumexp = kept_logsumexp(kept.mass, largest, scale, mass_unit(vocab_size));
-  return {logsumexp, stats.data(), largest, kept.threshold, -1};
+  return {0.0, logsumexp, stats.data(), largest, kept.threshold, -1};
 }
 
 // A request's summaries, made when they are first asked for: rows after the first rejection never
@@ -193,9 +193,13 @@ struct LazySummaries {
     if (given) {
       const double sum = params->draft_logsumexp[request.b * params->base.spec_length + k];
       const float threshold = summary ? summary->threshold : kNegativeInfinity;
-      summary = RowSummary{sum, nullptr, 0.0f, threshold, -1};
+      summary = RowSummary{0.0, sum, nullptr, 0.0f, threshold, -1};
     }
     return *summary;
+  }
+
+  DraftMass draft_mass(int64_t k, float scale) const {
+    return draft_mass_of(draft(k).logsumexp(scale));
   }
 };
 
@@ -207,7 +211,7 @@ struct LazyRequest : LogitsRequest<T, LazySummaries<T>> {
 
   typename Base::Row row(int64_t k, int64_t id) const {
     if (this->logits->logsumexp) {
-      this->logits->logsumexp[this->b] = this->summaries.target(k).logsumexp;
+      this->logits->logsumexp[this->b] = this->summaries.target(k).logsumexp(this->scale);
     }
     return Base::row(k, id);
   }

@@ -2,7 +2,6 @@
 #pragma once
 
 #include <cmath>
-#include <cstring>
 
 #include "fused_rejection.h"
 
@@ -11,46 +10,6 @@ namespace fused_rejection {
 constexpr float kNegativeInfinity = -INFINITY;
 constexpr float kLargestFloat = 0x1.fffffep127f;
 constexpr double kLog2E = 1.4426950408889634, kLn2 = 0.6931471805599453;
-
-FR_FUNCTION float float_from_bits(uint32_t bits) {
-#if defined(__CUDA_ARCH__)
-  return __uint_as_float(bits);
-#else
-  float value;
-  std::memcpy(&value, &bits, sizeof value);
-  return value;
-#endif
-}
-
-FR_FUNCTION uint32_t bits_of(float value) {
-#if defined(__CUDA_ARCH__)
-  return __float_as_uint(value);
-#else
-  uint32_t bits;
-  std::memcpy(&bits, &value, sizeof bits);
-  return bits;
-#endif
-}
-
-FR_FUNCTION uint64_t bits_of(double value) {
-#if defined(__CUDA_ARCH__)
-  return static_cast<uint64_t>(__double_as_longlong(value));
-#else
-  uint64_t bits;
-  std::memcpy(&bits, &value, sizeof bits);
-  return bits;
-#endif
-}
-
-FR_FUNCTION double double_from_bits(uint64_t bits) {
-#if defined(__CUDA_ARCH__)
-  return __longlong_as_double(static_cast<long long>(bits));
-#else
-  double value;
-  std::memcpy(&value, &bits, sizeof value);
-  return value;
-#endif
-}
 
 // max(x, bound), and bound for NaN: one instruction here and there.
 FR_FUNCTION float at_least(float x, float bound) {
@@ -87,20 +46,36 @@ FR_FUNCTION float exp2_portable(float t) {
   return times_power(exp2_of_fraction(f), shifted);  // at -127 the bits of 1 and the power cancel
 }
 
-// 1 - 2^t for t <= 0, without cancellation near 0; 1 for NaN. 2^t is 2^n * (1 + f * y(f)), with
-// y(f) = (2^f - 1) / f fitted on [-0.5, 0.5], within 2e-7.
-FR_FUNCTION float one_minus_exp2(float t) {
-  t = at_least(t, -126.0f);
-  const float shifted = t + kRoundingShift;
-  const float f = t - (shifted - kRoundingShift);
+// (2^f - 1) / f for f in [-0.5, 0.5], within 2e-7.
+FR_FUNCTION float exp2_slope(float f) {
   float y = 0x1.4308f4p-13f;
   y = fmaf(y, f, 0x1.5f07b4p-10f);
   y = fmaf(y, f, 0x1.3b2bap-7f);
   y = fmaf(y, f, 0x1.c6af6ep-5f);
   y = fmaf(y, f, 0x1.ebfbdep-3f);
-  y = fmaf(y, f, 0x1.62e43p-1f);
+  return fmaf(y, f, 0x1.62e43p-1f);
+}
+
+// 1 - 2^t for t <= 0, without cancellation near 0; 1 for NaN. 2^t is 2^n * (1 + f * slope).
+FR_FUNCTION float one_minus_exp2(float t) {
+  t = at_least(t, -126.0f);
+  const float shifted = t + kRoundingShift;
+  const float f = t - (shifted - kRoundingShift);
   const float power = times_power(1.0f, shifted);
-  return fmaf(-power, y * f, 1.0f - power);
+  return fmaf(-power, exp2_slope(f) * f, 1.0f - power);
+}
+
+// The same in float64, within 3e-12.
+FR_FUNCTION double exp2_of_fraction(double f) {
+  double y = 0x1.63b2d7971923fp-20;
+  y = fma(y, f, 0x1.00c0e4e15189cp-16);
+  y = fma(y, f, 0x1.4308c7183d6a2p-13);
+  y = fma(y, f, 0x1.5d877598350dep-10);
+  y = fma(y, f, 0x1.3b2ab70ad2565p-7);
+  y = fma(y, f, 0x1.c6b08da70cce3p-5);
+  y = fma(y, f, 0x1.ebfbdff82a734p-3);
+  y = fma(y, f, 0x1.62e42fef9cc69p-1);
+  return fma(y, f, 1.0);
 }
 
 // log2 of a positive, normal number, within 2e-11: the same bits on every machine.
@@ -149,6 +124,12 @@ FR_FUNCTION double anchor_of(float largest, float scale) {
   return is_wide(product) ? static_cast<double>(largest) * scale : whole(product);
 }
 
+// The least bfloat16 that is at least x.
+FR_FUNCTION float next_bfloat16(float x) {
+  const uint32_t bits = bits_of(x);
+  return float_from_bits((bits >> 31 ? bits : bits + 0xFFFFu) & 0xFFFF0000u);
+}
+
 // 2^octaves_beside(x, largest, scale) in fewer instructions, for a sum that `largest` is part of:
 // the product is rounded to whole octaves as it is made, and what that leaves of it has one
 // rounding.
@@ -166,8 +147,7 @@ struct PowersBeside {
       : scale(scale), shift(kRoundingShift - whole(largest * scale)) {
     // A power of two, from 1 / scale on and below twice that: 60 to 120 octaves below the largest.
     const float reciprocal = float_from_bits((254 - (bits_of(scale) >> 23)) << 23);
-    const uint32_t bits = bits_of(largest - 60.0f * reciprocal);
-    floor = float_from_bits((bits >> 31 ? bits : bits + 0xFFFFu) & 0xFFFF0000u);  // rounded up
+    floor = next_bfloat16(largest - 60.0f * reciprocal);
   }
 
   // Of an x from `floor` on.
@@ -189,15 +169,9 @@ struct Softmax {
 
   FR_FUNCTION bool keeps(float x) const { return x >= threshold && x > kNegativeInfinity; }
 
-  // Whether every logit is kept, and none is +inf, next to which the reference would be.
-  FR_FUNCTION bool is_plain() const { return threshold == kNegativeInfinity && !wide; }
-
   FR_FUNCTION float octaves(float x) const {
     return (wide ? (x - reference) * scale : fmaf(x, scale, -reference)) - remainder;
   }
-  // Where is_plain() and the remainder is 0, as in a residual that is drawn from.
-  FR_FUNCTION float plain_octaves(float x) const { return fmaf(x, scale, -reference); }
-
   FR_FUNCTION float operator()(float logit) const {
     const float x = finite_logit(logit);
     const float power = exp2_portable(octaves(x));
@@ -223,24 +197,131 @@ FR_FUNCTION Softmax softmax_of(double logsumexp, float scale, float threshold) {
   return {scale, reference, static_cast<float>(octaves - rounded), threshold, wide};
 }
 
+// What the test of a draft reads of its rows: the token's logit in the target's, and its logit or
+// probability in the draft's, 1 for a one-hot draft.
+struct DraftValues {
+  float target, draft;
+};
+
+// How much a draft's row has in all: q = 2^(x * scale + exponent) * factor.
+struct DraftMass {
+  double factor;
+  float exponent;  // a whole number
+};
+
+FR_FUNCTION DraftMass draft_mass_of(double logsumexp) {
+  const double octaves = -logsumexp * kLog2E;
+  const double rounded = (octaves + 0x1.8p52) - 0x1.8p52;
+  return {exp2_of_fraction(octaves - rounded), static_cast<float>(rounded)};
+}
+
+// q / p of a token of plain rows: all logits are kept, and none is far from 0.
+// 2^((x_q - x_p) * scale + octaves) * ratio * (1 + rest).
+struct RowRatio {
+  bool is_plain;
+  float octaves;  // a whole number
+  float ratio;    // from 1 to 2
+  float rest;     // what a float32 ratio loses
+
+  // Octaves within which a bfloat16 is at most 2 from the next.
+  static constexpr float kNear = 0x1p9f;
+
+  // `sum`: of the target's weights beside `largest`, 0 where it is not known.
+  FR_FUNCTION static RowRatio of(double sum, float largest, const DraftMass& draft, float scale) {
+    if (!(sum > 0 && fabsf(largest * scale) < kNear && fabsf(draft.exponent) < kNear)) return {};
+    const uint64_t bits = bits_of(draft.factor * sum);
+    const double mantissa = double_from_bits((bits & 0xFFFFFFFFFFFFFull) | (1023ull << 52));
+    const float ratio = static_cast<float>(mantissa);
+    // 1 / ratio need not be exact: the rest is 2^-24 at most.
+    const float rest = static_cast<float>(mantissa - ratio) * (1.457f - 0.5f * ratio);
+    const int exponent = static_cast<int>(bits >> 52) - 1023;
+    return {true, draft.exponent + whole(largest * scale) + static_cast<float>(exponent), ratio,
+            rest};
+  }
+
+  // Whether a draft is accepted with the uniform that `u()` draws.
+  template <typename Uniform>
+  FR_FUNCTION bool accepts_draft(const DraftValues& values, float scale, const Uniform& u) const {
+    const float x_p = finite_logit(values.target), x_q = finite_logit(values.draft);
+    if (!(x_p > kNegativeInfinity)) return false;
+    if (!(x_q > kNegativeInfinity)) return true;
+    const double exponent = (static_cast<double>(x_q) - x_p) * scale + octaves;
+    const float power = exp2_portable(static_cast<float>(exponent < 126 ? exponent : 126));
+    return accepts(u(), power * ratio, 1.0f);
+  }
+};
+
+// The residual of plain rows up to a factor: p - q where that is positive, by p * (1 - q / p),
+// without cancellation.
+struct PlainResidual {
+  float scale;
+  float shift;               // of p, as PowersBeside's
+  float ratio_shift;         // kRoundingShift and the ratio's octaves
+  float ratio, rest;         // as RowRatio's
+  float floor, draft_floor;  // bfloat16s, for all that is less, and for NaN
+
+  // A p at its floor, 52 to 60 octaves below the largest, has no weight: a q at its own is more.
+  // That changes the weight of a p whose q is less by as little.
+  FR_FUNCTION static PlainResidual of(const RowRatio& q_over_p, float largest, float scale) {
+    const float octave = 1.0f / scale, floor = next_bfloat16(largest - 60.0f * octave);
+    return {scale,
+            kRoundingShift - whole(largest * scale),
+            kRoundingShift + q_over_p.octaves,
+            q_over_p.ratio,
+            q_over_p.rest,
+            floor,
+            next_bfloat16(floor + (1.0f - q_over_p.octaves) * octave)};
+  }
+
+  // Of logits of type T.
+  template <typename T>
+  FR_FUNCTION float raised_weight(float x_p, float x_q) const {
+    return weight<T>(at_least(x_p, floor), at_least(x_q, draft_floor));
+  }
+
+  // Of logits that are at least their floors.
+  template <typename T>
+  FR_FUNCTION float weight(float x_p, float x_q) const {
+    const float difference = x_q - x_p;
+    const float ratio_shifted = fmaf(difference, scale, ratio_shift);
+    float fraction = fmaf(difference, scale, ratio_shift - ratio_shifted);
+    if constexpr (sizeof(T) > 2) {
+      // What rounding the difference lost: where q / p is nearly 1 float32 has no digits left. That
+      // of 16-bit logits is exact wherever it matters.
+      const float rounded = x_q - difference;  // about x_p
+      const float lost = (x_q - (difference + rounded)) + (rounded - x_p);
+      fraction = fmaf(lost, scale, fraction);
+    }
+    const float power = times_power(ratio, ratio_shifted);
+    const float less = fmaf(exp2_slope(fraction), fraction, rest);
+    const float shifted = fmaf(x_p, scale, shift);
+    const float p = times_power(exp2_of_fraction(fmaf(x_p, scale, shift - shifted)), shifted);
+    return at_least(p * fmaf(-power, less, 1.0f - power), 0.0f);
+  }
+};
+
 // The largest kept logit of a tile and the sum of 2^octaves_beside(x, largest) over it.
 struct alignas(8) TileStats {
   float largest;
   float sum;
 };
 
-// The weight of a tile beside the row's largest logit: exact, but where it underflows or is wide.
-FR_FUNCTION float tile_weight(const TileStats& tile, float largest, float scale) {
-  const float product = largest * scale;
-  if (is_wide(product)) {
-    const double octaves = anchor_of(tile.largest, scale) - anchor_of(largest, scale);
-    return tile.sum * exp2_portable(static_cast<float>(octaves));
-  }
-  const float octaves = whole(tile.largest * scale) - whole(product);
+// The weight of a tile beside a row's anchor, that of a logit that is not wide: exact, but where it
+// underflows.
+FR_FUNCTION float near_tile_weight(const TileStats& tile, float anchor, float scale) {
+  const float octaves = whole(tile.largest * scale) - anchor;
   return tile.sum * times_power(1.0f, at_least(octaves, -127.0f) + kRoundingShift);  // 0 at -127
 }
 
-FR_FUNCTION double logsumexp_of(double sum, float largest, float scale) {
+// The same beside the row's largest logit, wherever that is.
+FR_FUNCTION float tile_weight(const TileStats& tile, float largest, float scale) {
+  const float product = largest * scale;
+  if (!is_wide(product)) return near_tile_weight(tile, whole(product), scale);
+  const double octaves = anchor_of(tile.largest, scale) - anchor_of(largest, scale);
+  return tile.sum * exp2_portable(static_cast<float>(octaves));
+}
+
+FR_RARE_FUNCTION double logsumexp_of(double sum, float largest, float scale) {
   if (!(largest > kNegativeInfinity)) return -INFINITY;
   return (log2_portable(sum) + anchor_of(largest, scale)) * kLn2;
 }
@@ -269,11 +350,19 @@ struct LogitsParams {
 
 // What is known of one row of logits after a pass over it.
 struct RowSummary {
-  double logsumexp;        // over what is kept
-  const TileStats* stats;  // [tiles], or null: a draft's logsumexp that was given
+  double sum;               // of the weights beside `largest` of all logits, or 0:
+  double kept_logsumexp;    // then the logsumexp over what is kept
+  const TileStats* stats;   // [tiles], or null: a draft's logsumexp that was given
   float largest;
   float threshold;
   int argmax;  // the first of the largest, -1 for a row without mass; known for greedy requests
+
+  FR_FUNCTION bool has_mass() const { return sum > 0 || kept_logsumexp > -INFINITY; }
+
+  // Over what is kept.
+  FR_FUNCTION double logsumexp(float scale) const {
+    return sum > 0 ? logsumexp_of(sum, largest, scale) : kept_logsumexp;
+  }
 };
 
 // A Row over logits: p a softmax; q a softmax, probabilities, or one-hot.
@@ -284,14 +373,37 @@ struct LogitsRow {
   int one_hot;
   int fixed_token;  // a greedy request's token, or -1
   bool q_is_logits;
-  bool plain;              // q is logits too, neither is filtered, and neither has an infinity
+  bool plain;              // the residual is that of plain rows, and `softmax` not known
   const TileStats* stats;  // of p
   float largest;
   Softmax softmax;          // of p
   float draft_threshold;    // q's least kept logit; +inf where q has no mass
   float shift, shift_rest;  // log2(q / p) = (x_q - x_p) * scale + shift + shift_rest
+  PlainResidual plain_residual;
 
   static constexpr bool kTargetIsLogits = true;
+
+  // A target's row as it is, of a request that is not greedy.
+  static FR_FUNCTION LogitsRow of_target(const T* p, const RowSummary& target, float scale) {
+    LogitsRow row = {};
+    row.p = p;
+    row.fixed_token = -1;
+    row.stats = target.stats;
+    row.largest = target.largest;
+    row.softmax.scale = scale;
+    row.softmax.threshold = target.has_mass() ? target.threshold : INFINITY;
+    return row.target();
+  }
+
+  // The residual of plain rows, up to a factor.
+  static FR_FUNCTION LogitsRow of_plain(const T* p, const T* q, const RowSummary& target,
+                                        const RowRatio& q_over_p, float scale) {
+    LogitsRow row = of_target(p, target, scale);
+    row.q = q;
+    row.q_is_logits = row.plain = true;
+    row.plain_residual = PlainResidual::of(q_over_p, target.largest, scale);
+    return row;
+  }
 
   FR_FUNCTION bool draft_is_logits() const { return q_is_logits; }
   FR_FUNCTION bool from_stats() const { return !q && one_hot < 0; }
@@ -315,10 +427,10 @@ struct LogitsRow {
     return x_q >= draft_threshold && x_q > kNegativeInfinity ? rest : probability;
   }
 
-  // The same where is_plain(): a NaN or -inf needs no care then.
+  // Where is_plain(): in fewer instructions.
   FR_FUNCTION bool is_plain() const { return plain; }
   FR_FUNCTION float with_plain_draft(float p_i, float q_i) const {
-    return residual(exp2_portable(softmax.plain_octaves(p_i)), p_i, q_i);
+    return plain_residual.template raised_weight<T>(p_i, q_i);
   }
 
   // p - q where that is positive, by p * (1 - q / p); p where log2(q / p) is NaN: then q is 0.
@@ -368,13 +480,7 @@ struct LogitsRow {
   }
 };
 
-// What the test of a draft reads of its rows: the token's logit in the target's, and its logit or
-// probability in the draft's, 1 for a one-hot draft.
-struct DraftValues {
-  float target, draft;
-};
-
-// `Summaries` offers target(k) and draft(k), the RowSummary of a position.
+// `Summaries` offers target(k) and draft(k), the RowSummary of a position, and draft_mass(k, scale).
 template <typename T, typename Summaries>
 struct LogitsRequest : Request<T> {
   using Row = LogitsRow<T>;
@@ -392,7 +498,15 @@ struct LogitsRequest : Request<T> {
       : Request<T>(a.base, b), logits(&a), summaries(known), scale(scale), greedy(greedy) {}
 
   FR_FUNCTION Softmax softmax(const RowSummary& summary) const {
-    return softmax_of(summary.logsumexp, scale, summary.threshold);
+    return softmax_of(summary.logsumexp(scale), scale, summary.threshold);
+  }
+
+  // q / p at position k, which is not plain where the draft is no logits.
+  FR_FUNCTION RowRatio ratio(int64_t k) const {
+    if (greedy || !this->q || !logits->draft_is_logits) return {};
+    const RowSummary target = summaries.target(k);
+    if (!(target.sum > 0) || summaries.draft(k).threshold > kNegativeInfinity) return {};
+    return RowRatio::of(target.sum, target.largest, summaries.draft_mass(k, scale), scale);
   }
 
   // Draft k, the token `id`, in the two rows; nothing is read where the test needs neither.
@@ -405,13 +519,15 @@ struct LogitsRequest : Request<T> {
 
   template <typename Uniform>
   FR_FUNCTION bool accepts_draft(int64_t k, int64_t id, const Uniform& u) const {
-    return accepts_values(k, id, values(k, id), u);
+    return accepts_values(k, id, values(k, id), ratio(k), u);
   }
 
+  // `q_over_p`: ratio(k).
   template <typename Uniform>
   FR_FUNCTION bool accepts_values(int64_t k, int64_t id, const DraftValues& values,
-                                  const Uniform& u) const {
+                                  const RowRatio& q_over_p, const Uniform& u) const {
     if (!this->in_vocab(id)) return false;
+    if (q_over_p.is_plain) return q_over_p.accepts_draft(values, scale, u);
     const RowSummary target = summaries.target(k);
     if (greedy) return id == target.argmax;
     const float x_p = finite_logit(values.target);
@@ -428,7 +544,8 @@ struct LogitsRequest : Request<T> {
   FR_FUNCTION float log2_ratio(float x, const RowSummary& row, float other_x,
                                const RowSummary& other) const {
     const double ratio =
-        (static_cast<double>(x) - other_x) * scale + (other.logsumexp - row.logsumexp) * kLog2E;
+        (static_cast<double>(x) - other_x) * scale +
+        (other.logsumexp(scale) - row.logsumexp(scale)) * kLog2E;
     return static_cast<float>(ratio < 126 ? ratio : 126);
   }
 
@@ -450,6 +567,10 @@ struct LogitsRequest : Request<T> {
   }
 
   FR_FUNCTION Row row(int64_t k, int64_t id) const {
+    return row(k, id, id == kPlaceholderTokenId ? RowRatio{} : ratio(k));
+  }
+
+  FR_FUNCTION Row row(int64_t k, int64_t id, const RowRatio& q_over_p) const {
     Row row = {};
     row.p = this->target_row(k);
     row.one_hot = row.fixed_token = -1;
@@ -458,18 +579,20 @@ struct LogitsRequest : Request<T> {
       row.fixed_token = target.argmax < 0 ? 0 : target.argmax;
       return row;
     }
-    row.softmax = softmax(target);
+    if (id == kPlaceholderTokenId) return Row::of_target(row.p, target, scale);
+    // Block verification wants a residual that is normalized.
+    if (q_over_p.is_plain && !this->params->block_verification) {
+      return Row::of_plain(row.p, this->draft_row(k), target, q_over_p, scale);
+    }
     row.stats = target.stats;
     row.largest = target.largest;
-    if (id == kPlaceholderTokenId) return row.target();
+    row.softmax = softmax(target);
     row.q = this->draft_row(k);
     row.q_is_logits = logits->draft_is_logits;
     if (row.q && row.q_is_logits) {
       const RowSummary draft = summaries.draft(k);
-      const Softmax q = softmax(draft);
-      row.draft_threshold = q.threshold;
-      row.plain = row.softmax.is_plain() && q.is_plain();
-      const double shift = (target.logsumexp - draft.logsumexp) * kLog2E;
+      row.draft_threshold = softmax(draft).threshold;
+      const double shift = (target.logsumexp(scale) - draft.logsumexp(scale)) * kLog2E;
       row.shift = static_cast<float>(shift);
       row.shift_rest = static_cast<float>(shift - row.shift);
       // A residual of token verification is drawn from, so that a factor does not matter.

@@ -104,6 +104,9 @@ struct TableSummaries {
 
   __device__ RowSummary target(int64_t k) const { return table[k]; }
   __device__ RowSummary draft(int64_t k) const { return table[spec_length + 1 + k]; }
+  __device__ DraftMass draft_mass(int64_t k, float scale) const {
+    return draft_mass_of(draft(k).logsumexp(scale));
+  }
 };
 
 // All warps of a block: the table of request b.
@@ -125,9 +128,10 @@ __device__ void summarize_request(const LogitsParams& a, int64_t b, const TileSt
     const float threshold = kept && !greedy ? kept[row].threshold : kNegativeInfinity;
     RowSummary summary;
     if (is_draft && a.draft_logsumexp) {
-      summary = {a.draft_logsumexp[b * spec_length + k], nullptr, 0.0f, threshold, -1};
+      summary = {0.0, a.draft_logsumexp[b * spec_length + k], nullptr, 0.0f, threshold, -1};
     } else if (threshold > kNegativeInfinity) {
-      summary = {kept[row].logsumexp, stats + row * tiles, kept[row].largest, threshold, -1};
+      summary = {0.0,    kept[row].logsumexp, stats + row * tiles, kept[row].largest,
+                 threshold, -1};
     } else {
       const T* x = is_draft ? request.draft_row(k) : request.target_row(k);
       summary = warp_summarize(x, stats + row * tiles, scale, threshold, greedy, vocab_size, lane);
@@ -158,7 +162,7 @@ __global__ void __launch_bounds__(kMaxWarps* kWarp, 1)
   summarize_request<T>(a, b, stats, kept, table);
   const LogitsRequest<T, TableSummaries> request(a, b, {table, a.base.spec_length});
   if (step != Step::kSum && a.logsumexp && place.rank == 0 && threadIdx.x == 0) {
-    a.logsumexp[b] = table[request.drafts > 0 ? request.drafts : 0].logsumexp;
+    a.logsumexp[b] = table[request.drafts > 0 ? request.drafts : 0].logsumexp(request.scale);
   }
   if (block) {
     sample_block<step>(request, place.rank, blocks_per_row, sums.sums, reach);
@@ -458,13 +462,13 @@ int plan_from_logits(const LogitsParams& a, Exchange exchange, int blocks, Logit
     if (plan->early_exit && blocks == 0) plan->blocks_per_walk = blocks_per_walk(a, *device);
     const int tiles = num_tiles(a.base.vocab_size);
     plan->drawing_share = share_of_tiles(a.base.batch_size, tiles, *device);
-    // Of few requests the clusters of positions_kernel know the verdict sooner. Twice the tiles
-    // make as many blocks of twice the share.
-    constexpr int64_t kMany = 32, kMostInGrid = 65535;
+    // Of very few requests the clusters of positions_kernel know the verdict sooner. The more rows
+    // there are at a position, the less it matters how soon its last tile is done.
+    constexpr int64_t kMany = 8, kMostInGrid = 65535;
     const bool many = a.base.batch_size >= kMany && a.base.batch_size <= kMostInGrid;
     if (plan->early_exit && blocks == 0 && !a.filters() && many) {
-      const int share = a.base.dtype == Dtype::kFloat32 ? 2 : 4;
-      plan->deciding_share = num_draft_rows(a) > 0 ? 2 * share : share;
+      const int64_t rows = a.base.batch_size * (num_draft_rows(a) > 0 ? 2 : 1);
+      plan->deciding_share = rows > (a.base.dtype == Dtype::kFloat32 ? 64 : 16) ? 4 : 2;
     }
   }
   plan->workspace_bytes = Workspace(a, *plan).bytes();

@@ -3,13 +3,16 @@
 #pragma once
 
 #include <cstdint>
+#include <cstring>
 
 // A function of the host where a C++ compiler reads this, and of the device under nvcc.
 #if defined(__CUDACC__)
 #define FR_FUNCTION __device__ __forceinline__
+#define FR_RARE_FUNCTION inline __device__ __noinline__  // it would take registers and instructions
 #define FR_HOST_DEVICE __host__ __device__
 #else
 #define FR_FUNCTION inline
+#define FR_RARE_FUNCTION inline
 #define FR_HOST_DEVICE
 #endif
 
@@ -20,6 +23,46 @@ constexpr int kTile = 512;  // indices a float32 sum runs over
 constexpr int kSpans = 32;  // a search goes by spans of tiles, then of the tile's indices
 constexpr float kMaxWeight = 0x1p100f;
 constexpr int64_t kMaxVocabSize = (int64_t{1} << 31) - kTile;
+
+FR_FUNCTION float float_from_bits(uint32_t bits) {
+#if defined(__CUDA_ARCH__)
+  return __uint_as_float(bits);
+#else
+  float value;
+  std::memcpy(&value, &bits, sizeof value);
+  return value;
+#endif
+}
+
+FR_FUNCTION uint32_t bits_of(float value) {
+#if defined(__CUDA_ARCH__)
+  return __float_as_uint(value);
+#else
+  uint32_t bits;
+  std::memcpy(&bits, &value, sizeof bits);
+  return bits;
+#endif
+}
+
+FR_FUNCTION uint64_t bits_of(double value) {
+#if defined(__CUDA_ARCH__)
+  return static_cast<uint64_t>(__double_as_longlong(value));
+#else
+  uint64_t bits;
+  std::memcpy(&bits, &value, sizeof bits);
+  return bits;
+#endif
+}
+
+FR_FUNCTION double double_from_bits(uint64_t bits) {
+#if defined(__CUDA_ARCH__)
+  return __longlong_as_double(static_cast<long long>(bits));
+#else
+  double value;
+  std::memcpy(&value, &bits, sizeof value);
+  return value;
+#endif
+}
 
 enum class Dtype { kFloat32, kBFloat16, kFloat16 };
 
@@ -153,8 +196,9 @@ struct ReachRow : Base {
 template <typename Row>
 FR_FUNCTION float weight_at(const Row& row, int i) {
   const float p_i = static_cast<float>(read_argument(row.p + i));
-  return row.q ? row.with_draft(p_i, static_cast<float>(read_argument(row.q + i)))
-               : row.without_draft(p_i, i);
+  if (!row.q) return row.without_draft(p_i, i);
+  const float q_i = static_cast<float>(read_argument(row.q + i));
+  return row.is_plain() ? row.with_plain_draft(p_i, q_i) : row.with_draft(p_i, q_i);
 }
 
 // One request's part of the arguments: its drafts, its rows, its outputs.

@@ -31,7 +31,7 @@ struct Findings {
   unsigned* summed;   // [B], tiles of `sums` that are there; 0 at first
 };
 
-constexpr uint8_t kGoesOn = 0, kEnds = 1;
+enum Verdict : uint8_t { kGoesOn, kEnds };
 
 struct DraftToken {
   int64_t id;
@@ -39,10 +39,33 @@ struct DraftToken {
   DraftValues values;
 };
 
+// A draft's id and then what it reads of its rows, while nothing waits for it yet. Of the padded
+// layout, which logits always have.
+template <typename T>
+struct ComingDraft {
+  int64_t id = kPlaceholderTokenId;
+  T target = {}, draft = {};
+
+  __device__ __forceinline__ void ask(const Params& a, unsigned b, unsigned k) {
+    const int64_t at = static_cast<int64_t>(b) * a.spec_length + k;
+    id = a.ids_are_int64 ? static_cast<const int64_t*>(a.draft_token_ids)[at]
+                         : static_cast<const int32_t*>(a.draft_token_ids)[at];
+  }
+  __device__ __forceinline__ void ask_values(const T* x_p, const T* x_q, int vocab_size) {
+    if (id < 0 || id >= vocab_size) return;
+    target = read_argument(x_p + id);
+    if (x_q) draft = read_argument(x_q + id);
+  }
+  __device__ __forceinline__ DraftValues values(const T* x_q) const {
+    return {static_cast<float>(target), x_q ? static_cast<float>(draft) : 1.0f};
+  }
+};
+
 // The summaries of one position, of the target's row and the draft's.
 struct PositionSummaries {
   const RowSummary* rows;
   const RowSummary* given = nullptr;  // the draft's, where its logsumexp was
+  const DraftMass* mass = nullptr;    // the draft's, where it was taken before
   float threshold = kNegativeInfinity;
 
   __device__ RowSummary target(int64_t) const { return rows[0]; }
@@ -51,6 +74,9 @@ struct PositionSummaries {
     RowSummary summary = *given;
     summary.threshold = threshold;
     return summary;
+  }
+  __device__ DraftMass draft_mass(int64_t k, float scale) const {
+    return mass ? *mass : draft_mass_of(draft(k).logsumexp(scale));
   }
 };
 
@@ -180,9 +206,54 @@ __device__ __forceinline__ RowSummary warp_summarize_kept(const PositionShared& 
   const TileStats* stats = at.stats + row * num_tiles(vocab_size);
   const Kept& kept = at.kept_of[row];
   if (kept.threshold > kNegativeInfinity) {
-    return {kept.logsumexp, stats, kept.largest, kept.threshold, -1};
+    return {0.0, kept.logsumexp, stats, kept.largest, kept.threshold, -1};
   }
   return warp_summarize(x, stats, scale, kNegativeInfinity, greedy, vocab_size, lane);
+}
+
+// Whether draft k is accepted, and what is drawn from where it is not: of rows that are not plain.
+// Calls, since they would take registers.
+template <typename Request>
+__device__ __noinline__ bool accepts_token(const Request& request, unsigned k,
+                                           const DraftToken& draft) {
+  const RowRatio q_over_p = request.ratio(k);
+  return request.accepts_values(k, draft.id, draft.values, q_over_p, [&] { return draft.u; });
+}
+template <typename Request>
+__device__ __noinline__ void make_row(const Request& request, unsigned k, int64_t id,
+                                      typename Request::Row* row) {
+  *row = request.row(k, id);
+}
+
+// All threads of a cluster: draws from a residual of which each warp has at most one tile, in its
+// registers. False where it has no weight; `row` is then that of the target.
+template <typename T, typename Output>
+__device__ __forceinline__ bool draw_kept_raw(LogitsRow<T>& row, RawTile<T>& p, RawTile<T>& q,
+                                              int vocab_size, const float& u, int rank, int blocks,
+                                              const PositionShared& at, const Output& output) {
+  __shared__ bool picked;
+  const int lane = threadIdx.x % kWarp, warp = threadIdx.x / kWarp, warps = blockDim.x / kWarp;
+  const int tiles = num_tiles(vocab_size), begin = rank * warps, tile = begin + warp;
+  if (tile < tiles) {
+    const float sum = warp_weigh_raw(row, p, q, tile, lane, at.kept + warp * kPaddedTile);
+    if (lane < blocks) send_to_block(at.sums.sums + tile, at.sums.pending, lane, sum);
+  }
+  __syncthreads();  // the weights of this block's tiles are there
+  if (warp == 0) {
+    wait_for_bytes(at.sums.pending);
+    const Pick pick = warp_pick_tile(at.sums.sums, tiles, u, lane);
+    const int mine = pick.item - begin;
+    if (pick.item >= 0 && mine >= 0 && mine < warps) {
+      const int token = warp_pick_token(at.kept + mine * kPaddedTile, pick, lane);
+      if (lane == 0) output.store_token(token);
+    }
+    if (lane == 0) {
+      picked = pick.item >= 0;
+      if (!picked) row = row.target();
+    }
+  }
+  __syncthreads();
+  return picked;
 }
 
 // How many blocks a multiprocessor has registers for. The search for thresholds wants many, and so
@@ -198,10 +269,12 @@ __global__ void __launch_bounds__(kMaxWarps* kWarp, kResidentPositions<T, filter
   using Request = LogitsRequest<T, PositionSummaries>;
   using At = PositionShared;
   __shared__ RowSummary summaries[2], given;
+  __shared__ DraftMass draft_mass;
   __shared__ DraftToken draft;
   __shared__ LogitsRow<T> row;
   __shared__ float recovery_uniform;
-  __shared__ bool ends;
+  __shared__ Verdict verdict;
+  __shared__ bool is_decided;
   FR_DYNAMIC_SHARED(uint64_t, shared);
 
   wait_for_launch_before();
@@ -221,6 +294,11 @@ __global__ void __launch_bounds__(kMaxWarps* kWarp, kResidentPositions<T, filter
   };
   RawTile<T> raw;
   if (first < tiles) load(first, raw);
+  // One warp looks at the draft. What it reads is on its way while it works on its tiles, since all
+  // wait for the last tile.
+  const bool looks = warp == warps - 1 && k < spec_length;
+  ComingDraft<T> coming;
+  if (looks) coming.ask(a.base, b, k);
 
   allow_next_launch();
   const int drafts = drafts_of(a.base, b, spec_length);
@@ -232,7 +310,16 @@ __global__ void __launch_bounds__(kMaxWarps* kWarp, kResidentPositions<T, filter
   }
   const float scale = a.scale(b);
   const int rows = num_draft_rows(a) > 0 && !greedy && !is_last ? 2 : 1;
-  if (first >= tiles && first < rows * tiles) load(first, raw);
+  // Where all blocks run at once a warp that has one tile of a row keeps it, and has the draft's when
+  // it is wanted.
+  const bool stays = !filtered && !early_exit && x_q && a.draft_is_logits && !greedy;
+  const bool keeps_raw = stays && step >= tiles;
+  RawTile<T> raw_q;
+  if (keeps_raw) {
+    if (rows > 1 && first < tiles) load(tiles + first, raw_q);
+  } else if (first >= tiles && first < rows * tiles) {
+    load(first, raw);
+  }
   const PositionShared at(shared, tiles, filtered);
   const int summed_rows = a.draft_logsumexp ? 1 : rows;  // whose sums are not known before
   if (threadIdx.x == 0) {
@@ -252,50 +339,59 @@ __global__ void __launch_bounds__(kMaxWarps* kWarp, kResidentPositions<T, filter
     const int64_t begin = static_cast<int64_t>(b) * (spec_length + 1);
     is_over = warp_is_over(findings.verdicts + begin, k, lane) ? 1.0f : 0.0f;
   }
-
-  // Made anew where it is used: kept, it would take registers that the loops want.
-  const auto request = [&] { return Request(a, b, {summaries}, scale, greedy); };
-  if (warp == warps - 1) {
-    const float u = uniform(a.base, b, spec_length);
-    if (lane == 0) {
-      recovery_uniform = u;
-      if (!is_last) {
-        const int64_t id = request().id(k);
-        const float own = uniform(a.base, b, k);  // while the id is on its way
-        draft = {id, own, request().values(k, id)};
-        if (a.draft_logsumexp) {
-          const double sum = a.draft_logsumexp[static_cast<int64_t>(b) * spec_length + k];
-          given = {sum, nullptr, 0.0f, kNegativeInfinity, -1};
-        }
-      }
-    }
-  }
-  __syncwarp();
-  cluster_wait();
+  const int64_t position = static_cast<int64_t>(b) * (spec_length + 1) + k;
   if (early_exit) {  // one block looks, so that all leave together
+    cluster_wait();
     if (rank == 0 && warp == 0 && lane < blocks) {
       send_to_block(at.is_over, at.pending + At::kIsOver, lane, is_over);
     }
     wait_for_bytes(at.pending + At::kIsOver);
     if (*at.is_over > 0.0f) {
-      const int64_t position = static_cast<int64_t>(b) * (spec_length + 1) + k;
       if (findings.tokens && rank == 0 && threadIdx.x == 0) {
         findings.tokens[position] = kPlaceholderTokenId;
       }
       return;
     }
   }
-  // Where all blocks run at once the card has time for rows that only a rejection reads.
-  const bool ahead = !filtered && !early_exit && rows == 1 && x_q;
+  // Made anew where it is used: kept, it would take registers that the loops want.
+  const auto request = [&] { return Request(a, b, {summaries}, scale, greedy); };
+  if (looks && !is_last) coming.ask_values(x_p, x_q, vocab_size);
+  // The card has time for rows that only a rejection reads.
+  const bool ahead = !filtered && !early_exit && rows == 1 && x_q && !keeps_raw;
   const Filters filters = filtered ? Filters(a, b) : Filters::none();
   const bool sums_first = !greedy && (!filters.any() || filters.want_sums());
-  for (int i = first; i < rows * tiles; i += step) {
+  bool waits = !early_exit;  // no block writes into another's shared memory before that has started
+  const int stride = keeps_raw ? tiles : step;
+  for (int i = keeps_raw && first >= tiles ? rows * tiles : first; i < rows * tiles; i += stride) {
     if (ahead) prefetch_tile(static_cast<const T*>(nullptr), x_q, i, vocab_size, lane);
+    RawTile<T> now = keeps_raw && i >= tiles ? raw_q : raw;
     // The next tile's load comes when this tile wants fewer registers.
-    const TileStats found = warp_tile_stats(raw, scale, kNegativeInfinity, sums_first, [&] {
-      if (i + step < rows * tiles) load(i + step, raw);
+    const TileStats found = warp_tile_stats(now, scale, kNegativeInfinity, sums_first, [&] {
+      if (!keeps_raw && i + step < rows * tiles) load(i + step, raw);
     });
+    if (waits) cluster_wait();
+    waits = false;
     TellStats{at.stats, at.pending + At::kStats, blocks}(i, found);
+  }
+  if (waits) cluster_wait();
+  if (keeps_raw && rows == 1 && first < tiles) load(tiles + first, raw_q);
+  if (warp == warps - 1) {
+    double given_sum = 0.0;
+    if (a.draft_logsumexp && !is_last) {
+      given_sum = a.draft_logsumexp[static_cast<int64_t>(b) * spec_length + k];
+    }
+    // Of the draft by one lane, of what is drawn by another.
+    if (lane < 2) {
+      const float u = uniform(a.base, b, lane == 0 ? k : spec_length);
+      (lane == 0 ? draft.u : recovery_uniform) = u;
+    }
+    if (lane == 0) {
+      draft.id = coming.id;
+      draft.values = coming.values(x_q);
+      given = {0.0, given_sum, nullptr, 0.0f, kNegativeInfinity, -1};
+      if (a.draft_logsumexp) draft_mass = draft_mass_of(given_sum);
+    }
+    __syncwarp();
   }
   if (filtered || warp < rows) wait_for_bytes(at.pending + At::kStats);
   if constexpr (filtered) {
@@ -319,29 +415,58 @@ __global__ void __launch_bounds__(kMaxWarps* kWarp, kResidentPositions<T, filter
       summary = warp_summarize(x, at.stats + warp * tiles, scale, kNegativeInfinity, greedy,
                                vocab_size, lane);
     }
-    if (lane == 0) summaries[warp] = summary;
-  }
-  __syncthreads();
-  // Two threads decide, one whether the request ends here, one what it would draw from.
-  if (threadIdx.x == 0 || threadIdx.x == kWarp) {
-    Request decided = request();
-    decided.summaries.given = a.draft_logsumexp ? &given : nullptr;
-    if (filtered && rows > 1) decided.summaries.threshold = at.kept_of[1].threshold;
-    if (threadIdx.x == kWarp) {
-      row = decided.row(k, is_last ? kPlaceholderTokenId : draft.id);
-    } else {
-      ends = is_last || !decided.accepts_values(k, draft.id, draft.values, [&] { return draft.u; });
-      if (rank == 0) {
-        const int64_t position = static_cast<int64_t>(b) * (spec_length + 1) + k;
-        if (findings.verdicts && ends) findings.verdicts[position] = kEnds;  // kGoesOn is there
-        if (findings.tokens && !ends) findings.tokens[position] = kPlaceholderTokenId;
-        if (a.logsumexp) a.logsumexp[b] = summaries[0].logsumexp;
-        if (spec_length == 0) a.base.num_accepted[b] = 0;
-      }
+    if (lane == 0) {
+      summaries[warp] = summary;
+      if (warp > 0 && summary.sum > 0) draft_mass = draft_mass_of(summary.logsumexp(scale));
     }
   }
   __syncthreads();
-  if (!ends) return;
+  const auto tell = [&](Verdict found) {  // one thread
+    verdict = found;
+    if (rank != 0) return;
+    if (findings.verdicts && found == kEnds) findings.verdicts[position] = kEnds;  // else it is there
+    if (findings.tokens && found == kGoesOn) findings.tokens[position] = kPlaceholderTokenId;
+    if (spec_length == 0) a.base.num_accepted[b] = 0;
+  };
+  // Two threads decide, one whether the request ends here, one what it would draw from: at once
+  // where the rows are plain, as they are as a rule.
+  const bool decides = threadIdx.x == 0 || threadIdx.x == kWarp;
+  if (!filtered && decides) {
+    const RowSummary& target = summaries[0];
+    RowRatio q_over_p = {};
+    if (!is_last && x_q && a.draft_is_logits && !greedy) {
+      q_over_p = RowRatio::of(target.sum, target.largest, draft_mass, scale);
+    }
+    if (is_last && !greedy) {
+      if (threadIdx.x == kWarp) row = LogitsRow<T>::of_target(x_p, target, scale);
+      if (threadIdx.x == 0) tell(kEnds);
+    } else if (q_over_p.is_plain && threadIdx.x == kWarp) {
+      row = LogitsRow<T>::of_plain(x_p, x_q, target, q_over_p, scale);
+    } else if (q_over_p.is_plain) {
+      const bool is_known = draft.id >= 0 && draft.id < vocab_size;
+      const auto u = [&] { return draft.u; };
+      tell(is_known && q_over_p.accepts_draft(draft.values, scale, u) ? kGoesOn : kEnds);
+    }
+    if (threadIdx.x == 0) is_decided = q_over_p.is_plain || (is_last && !greedy);
+  }
+  if (!filtered) __syncthreads();
+  if (filtered || !is_decided) {
+    if (decides) {
+      PositionSummaries known{summaries, a.draft_logsumexp ? &given : nullptr, &draft_mass};
+      if (filtered && rows > 1) known.threshold = at.kept_of[1].threshold;
+      const Request decided(a, b, known, scale, greedy);
+      if (threadIdx.x == kWarp) {
+        make_row(decided, k, is_last ? kPlaceholderTokenId : draft.id, &row);
+      } else {
+        tell(is_last || !accepts_token(decided, k, draft) ? kEnds : kGoesOn);
+      }
+    }
+    __syncthreads();
+  }
+  if (verdict == kGoesOn) return;
+  if (a.logsumexp && rank == 0 && threadIdx.x == blockDim.x - 1) {  // no other waits for it
+    a.logsumexp[b] = summaries[0].logsumexp(scale);
+  }
   const PositionOutput output{a.base, findings.tokens, b, k};
   if constexpr (filtered) {
     const Team team = team_of(at, is_halved(rows, blocks), rank, blocks);
@@ -350,7 +475,6 @@ __global__ void __launch_bounds__(kMaxWarps* kWarp, kResidentPositions<T, filter
   }
   if (findings.rows) {
     if (rank != 0) return;
-    const int64_t position = static_cast<int64_t>(b) * (spec_length + 1) + k;
     for (int i = threadIdx.x; i < tiles; i += blockDim.x) {
       findings.stats[position * tiles + i] = at.stats[i];
     }
@@ -360,6 +484,12 @@ __global__ void __launch_bounds__(kMaxWarps* kWarp, kResidentPositions<T, filter
       findings.rows[position] = found;
     }
     return;
+  }
+  if (keeps && keeps_raw && row.is_plain()) {
+    if (draw_kept_raw(row, raw, raw_q, vocab_size, recovery_uniform, rank, blocks, at, output)) {
+      return;
+    }
+    keeps = false;  // the residual has no weight
   }
   draw_token<Step::kInCluster>(row, vocab_size, recovery_uniform, rank, blocks, at.sums, output,
                                keeps ? at.kept : nullptr);

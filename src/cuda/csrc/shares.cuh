@@ -11,50 +11,85 @@ namespace {
 constexpr int kDecidingWarps = 8, kDrawingWarps = 4;  // of a block
 constexpr int kResidentDecisions = kResidentShares * kDrawingWarps / kDecidingWarps;
 
-// One warp: counts what its block has stored, before a __syncthreads(). Whether all of `wanted` is
-// there now; if so this warp sees it.
-__device__ __forceinline__ bool warp_completes(unsigned* counter, int count, int wanted, int lane) {
-  unsigned done = 0;
-  if (lane == 0) done = add_released(counter, static_cast<unsigned>(count)) + count;
-  done = __shfl_sync(kAllLanes, done, 0);
-  if (done != static_cast<unsigned>(wanted)) return false;
-  acquire();  // by the last one only: it empties the L1 cache
-  return true;
+// All warps of a block: counts what it has stored. Whether all of `wanted` is there now; if so the
+// block sees it.
+__device__ __forceinline__ bool block_completes(unsigned* counter, int count, int wanted, int lane,
+                                                int warp) {
+  __shared__ bool completes;
+  __syncthreads();
+  if (warp == 0 && lane == 0) {
+    const unsigned done = add_released(counter, static_cast<unsigned>(count)) + count;
+    completes = done == static_cast<unsigned>(wanted);
+    if (completes) acquire();  // by the last one only: it empties the L1 cache
+  }
+  __syncthreads();
+  return completes;
 }
 
-// One warp, when all statistics of a position are there: its verdict, and what it would draw from.
+// All warps of a block, when all statistics of a position are there: its verdict, and what it would
+// draw from. What it takes is told to three warps, since all that run beside them slow each down.
 template <typename T>
-__device__ __noinline__ void warp_decide_position(const LogitsParams& a, unsigned b, unsigned k,
-                                                  bool is_last, int rows, float scale, bool greedy,
-                                                  const Findings<T>& findings, int lane) {
+__device__ __forceinline__ void block_decide_position(const LogitsParams& a, unsigned b, unsigned k,
+                                                      bool is_last, int rows, float scale,
+                                                      bool greedy, const Findings<T>& findings,
+                                                      int lane, int warp) {
   using Request = LogitsRequest<T, PositionSummaries>;
+  __shared__ RowSummary summaries[2], given;
+  __shared__ DraftMass draft_mass;
+  __shared__ DraftToken draft;
   const int vocab_size = static_cast<int>(a.base.vocab_size), tiles = num_tiles(vocab_size);
   const int64_t spec_length = a.base.spec_length, position = b * (spec_length + 1) + k;
-  RowSummary summaries[2], given;
-  Request request(a, b, {summaries}, scale, greedy);
-  DraftToken draft = {kPlaceholderTokenId, 0.0f, {}};
-  if (!is_last && lane == 0) {  // on its way while the sums are added up
-    draft.id = request.id(k);
+  const T* x_p = static_cast<const T*>(a.base.target_probs) + b * a.base.target_row_stride +
+                 k * a.base.target_position_stride;
+  const T* x_q = nullptr;
+  if (!is_last && a.base.draft_probs) {
+    x_q = static_cast<const T*>(a.base.draft_probs) + b * a.base.draft_row_stride +
+          k * a.base.draft_position_stride;
+  }
+  if (warp < rows) {
+    const int64_t row = warp == 0 ? position : num_target_rows(a.base) + b * spec_length + k;
+    const RowSummary summary =
+        warp_summarize(warp == 0 ? x_p : x_q, findings.stats + row * tiles, scale,
+                       kNegativeInfinity, greedy, vocab_size, lane);
+    if (lane == 0) {
+      summaries[warp] = summary;
+      if (warp > 0 && summary.sum > 0) draft_mass = draft_mass_of(summary.logsumexp(scale));
+    }
+  } else if (warp == 2 && !is_last && lane == 0) {
+    ComingDraft<T> coming;
+    coming.ask(a.base, b, k);
+    const double sum = a.draft_logsumexp ? a.draft_logsumexp[b * spec_length + k] : 0.0;
     draft.u = uniform(a.base, b, k);
-    draft.values = request.values(k, draft.id);
-    if (a.draft_logsumexp) {
-      given = {a.draft_logsumexp[b * spec_length + k], nullptr, 0.0f, kNegativeInfinity, -1};
-      request.summaries.given = &given;
+    coming.ask_values(x_p, x_q, vocab_size);
+    given = {0.0, sum, nullptr, 0.0f, kNegativeInfinity, -1};
+    if (a.draft_logsumexp) draft_mass = draft_mass_of(sum);
+    draft.id = coming.id;
+    draft.values = coming.values(x_q);
+  }
+  __syncthreads();
+  if (lane != 0 || warp > 1) return;
+  const RowSummary& target = summaries[0];
+  RowRatio q_over_p = {};
+  if (!is_last && x_q && a.draft_is_logits && !greedy) {
+    q_over_p = RowRatio::of(target.sum, target.largest, draft_mass, scale);
+  }
+  LogitsRow<T>* const row = &findings.rows[position];
+  if (q_over_p.is_plain && warp == 1) {  // for nothing where the draft is accepted
+    *row = LogitsRow<T>::of_plain(x_p, x_q, target, q_over_p, scale);
+  } else if (q_over_p.is_plain) {
+    const bool is_known = draft.id >= 0 && draft.id < vocab_size;
+    const auto u = [&] { return draft.u; };
+    if (is_known && q_over_p.accepts_draft(draft.values, scale, u)) return;  // kGoesOn is there
+    findings.verdicts[position] = kEnds;
+  } else {
+    const Request request(a, b, {summaries, a.draft_logsumexp ? &given : nullptr, &draft_mass},
+                          scale, greedy);
+    if (warp == 1) {
+      make_row(request, k, is_last ? kPlaceholderTokenId : draft.id, row);
+    } else if (is_last || !accepts_token(request, k, draft)) {
+      findings.verdicts[position] = kEnds;
     }
   }
-  summaries[0] = warp_summarize(request.target_row(k), findings.stats + position * tiles, scale,
-                                kNegativeInfinity, greedy, vocab_size, lane);
-  if (rows > 1) {
-    const int64_t row = num_target_rows(a.base) + b * spec_length + k;
-    summaries[1] = warp_summarize(request.draft_row(k), findings.stats + row * tiles, scale,
-                                  kNegativeInfinity, false, vocab_size, lane);
-  }
-  if (lane != 0) return;
-  const bool ends =
-      is_last || !request.accepts_values(k, draft.id, draft.values, [&] { return draft.u; });
-  if (!ends) return;  // kGoesOn is there
-  findings.verdicts[position] = kEnds;
-  findings.rows[position] = request.row(k, draft.id);
 }
 
 // A block has `share` tiles a warp, at most 32, of one row. The grid: `blocks` of a target's row
@@ -120,31 +155,39 @@ __global__ void __launch_bounds__(kDecidingWarps* kWarp, kResidentDecisions)
     const int64_t draft_row = num_target_rows(a.base) + static_cast<int64_t>(b) * spec_length + k;
     findings.stats[(is_draft ? draft_row : position) * tiles + begin + lane] = own;
   }
-  __syncthreads();
-  if (warp != 0) return;
   const int left = tiles - block_begin, count = left < of_block ? left : of_block;
-  if (warp_completes(findings.arrived + position, count, rows * tiles, lane)) {
-    warp_decide_position(a, b, k, is_last, rows, scale, greedy, findings, lane);
+  if (block_completes(findings.arrived + position, count, rows * tiles, lane, warp)) {
+    block_decide_position(a, b, k, is_last, rows, scale, greedy, findings, lane, warp);
   }
 }
 
-// One warp: draws from a row whose tiles' sums are there, or are known.
+// All warps of a block: draws from a row, in shared memory, whose tiles' sums are there, or are
+// known.
 template <typename T, typename Output>
-__device__ void warp_draw(const LogitsRow<T>& row, float* sums, float u, int vocab_size,
-                          const Output& output, int lane) {
+__device__ __forceinline__ void block_draw(LogitsRow<T>& row, float* sums, float u, int vocab_size,
+                                           const Output& output, int lane, int warp) {
+  __shared__ float weights[kPaddedTile];
+  __shared__ Pick pick;
   const int tiles = num_tiles(vocab_size);
-  int token = row.fixed_token;
-  Pick pick{-1, 0.0};
-  if (token < 0 && !row.from_stats()) {
-    pick = warp_pick_tile(sums, tiles, u, lane);
-    if (pick.item >= 0) token = warp_draw_from_tile(row, pick, vocab_size, lane);
+  if (warp == 0) {
+#pragma unroll 1  // the second pass is rare
+    for (;;) {
+      const bool known = row.from_stats();
+      if (known) warp_store_masses(row, tiles, lane, sums);
+      const Pick found = warp_pick_tile(sums, tiles, u, lane);
+      if (lane == 0) pick = found;
+      if (known || found.item >= 0) break;
+      if (lane == 0) row = row.target();  // the residual has no weight
+      __syncwarp();
+    }
   }
-  if (token < 0) {  // from the target
-    const LogitsRow<T> target = row.from_stats() ? row : row.target();
-    warp_store_masses(target, tiles, lane, sums);
-    pick = warp_pick_tile(sums, tiles, u, lane);
-    token = pick.item < 0 ? 0 : warp_draw_from_tile(target, pick, vocab_size, lane);
+  __syncthreads();
+  if (pick.item >= 0) {  // a few logits a thread: one warp alone would take as long as all before
+    block_store_weights(row, pick.item, vocab_size, weights);
+    __syncthreads();
   }
+  if (warp != 0) return;
+  const int token = pick.item < 0 ? 0 : warp_pick_token(weights, pick, lane);
   if (lane == 0) output.store_token(token);
 }
 
@@ -180,24 +223,38 @@ __global__ void __launch_bounds__(kDrawingWarps* kWarp, kResidentShares)
   float* sums = findings.sums + static_cast<int64_t>(b) * tiles;
   const RequestOutput<Request<T>> output{request, accepted};
   if (rank == 0 && warp == kDrawingWarps - 1) output.store_decision(lane);
-  bool completes = rank == 0;
-  if (row.fixed_token < 0 && !row.from_stats()) {
+  if (row.fixed_token >= 0) {
+    if (rank == 0 && threadIdx.x == 0) output.store_token(row.fixed_token);
+    return;
+  }
+  if (row.from_stats()) {
+    if (rank != 0) return;
+  } else {
     const int block_begin = rank * kDrawingWarps * share, begin = block_begin + warp * share;
     const int end = begin + share < tiles ? begin + share : tiles;
+    // Known once for all tiles, as in decide_kernel.
+    const bool vectors = sizeof(T) < 4 && by_vectors<T>(row.p, row.q, vocab_size);
+    const int plain_tiles = vectors ? vocab_size / kTile : 0;
     float own = 0.0f;
+#pragma unroll 1
     for (int tile = begin; tile < end; ++tile) {
-      const float sum = warp_weigh_tile(row, tile, vocab_size, lane, nullptr);
+      RawTile<T> p, q;
+      if (tile < plain_tiles) {
+        const int from = tile * kTile + lane * kVector<T>;
+        load_vectors(row.p + from, p);
+        if (row.q) load_vectors(row.q + from, q);
+      } else {
+        load_tiles(row, tile, vocab_size, lane, p, q);
+      }
+      const float sum = warp_weigh_raw(row, p, q, tile, lane, nullptr);
       if (lane == tile - begin) own = sum;
     }
     if (begin + lane < end) sums[begin + lane] = own;
-    __syncthreads();
-    if (warp != 0) return;
     const int left = tiles - block_begin, of_block = kDrawingWarps * share;
-    completes = warp_completes(findings.summed + b, left < of_block ? left : of_block, tiles, lane);
+    const int count = left < of_block ? left : of_block;
+    if (!block_completes(findings.summed + b, count, tiles, lane, warp)) return;
   }
-  if (completes && warp == 0) {
-    warp_draw(row, sums, recovery_uniform, vocab_size, output, lane);
-  }
+  block_draw(row, sums, recovery_uniform, vocab_size, output, lane, warp);
 }
 
 }  // namespace

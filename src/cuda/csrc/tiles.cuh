@@ -8,31 +8,6 @@
 namespace fused_rejection {
 namespace {
 
-// The larger of two words, of their one float or of each of their two 16-bit ones; of a NaN and a
-// number the number.
-template <typename T>
-__device__ __forceinline__ uint32_t max_of(uint32_t a, uint32_t b) {
-  uint32_t most = 0;
-  if constexpr (sizeof(T) == 4) {
-    most = bits_of(fmaxf(float_from_bits(a), float_from_bits(b)));
-  } else {
-#ifdef FR_EMULATION
-    for (int half = 0; half < 32; half += 16) {
-      const T x{static_cast<uint16_t>(a >> half)}, y{static_cast<uint16_t>(b >> half)};
-      const float x_f = static_cast<float>(x), y_f = static_cast<float>(y);
-      most |= static_cast<uint32_t>((x_f >= y_f || y_f != y_f ? x : y).bits) << half;
-    }
-#else
-    if constexpr (std::is_same_v<T, BFloat16>) {
-      asm("max.bf16x2 %0, %1, %2;" : "=r"(most) : "r"(a), "r"(b));
-    } else {
-      asm("max.f16x2 %0, %1, %2;" : "=r"(most) : "r"(a), "r"(b));
-    }
-#endif
-  }
-  return most;
-}
-
 // Whether the hardware compares two bfloat16 at once.
 #if defined(FR_EMULATION) || __CUDA_ARCH__ >= 900
 constexpr bool kComparesPairs = true;
@@ -95,18 +70,6 @@ __device__ __forceinline__ float warp_max(float value) {
   const int bits = static_cast<int>(bits_of(value));
   const int most = __reduce_max_sync(kAllLanes, bits ^ (bits >> 31 & 0x7FFFFFFF));
   return float_from_bits(static_cast<uint32_t>(most ^ (most >> 31 & 0x7FFFFFFF)));
-}
-
-// One lane: at least `floor`, a bfloat16, in place of what is less and of NaN.
-template <typename T>
-__device__ __forceinline__ void raise_to(RawTile<T>& raw, float floor) {
-  uint32_t word = bits_of(floor);
-  if (sizeof(T) < 4) word |= word >> 16;
-#pragma unroll
-  for (Words& words : raw.words) {
-#pragma unroll
-    for (uint32_t& own : words.word) own = max_of<T>(own, word);
-  }
 }
 
 // One warp: the sum of power(x) over a tile, of those of each lane that have a bit, in every lane.
@@ -203,9 +166,17 @@ __device__ __forceinline__ float warp_largest(const TileStats* stats, int tiles,
   return warp_max(largest);
 }
 
-// One warp: the sum of a row's weights beside its largest logit.
-__device__ __forceinline__ double warp_row_sum(const TileStats* stats, float largest, float scale,
-                                               int tiles, int lane) {
+// One warp: the total of inclusive_scan with a value a lane, in every lane.
+__device__ __forceinline__ double warp_scanned_total(double sum) {
+#pragma unroll
+  for (int d = 1; d < kWarp; d *= 2) sum += __shfl_xor_sync(kAllLanes, sum, d);
+  return sum;
+}
+
+// One warp: the sum of a row's weights by `weight_of` a tile.
+template <typename WeightOf>
+__device__ __forceinline__ double warp_sum_weights(const TileStats* stats, int tiles, int lane,
+                                                   const WeightOf& weight_of) {
   const int length = (tiles + kSpans - 1) / kSpans, left = tiles - lane * length;
   const int count = left < length ? left : length;
   const TileStats* own = stats + lane * length;
@@ -217,11 +188,28 @@ __device__ __forceinline__ double warp_row_sum(const TileStats* stats, float lar
     for (int i = 0; i < kGroup; ++i) {
       TileStats tile = {kNegativeInfinity, 0.0f};
       if (first + i < count) tile = own[first + i];
-      w[i] = tile_weight(tile, largest, scale);
+      w[i] = weight_of(tile);
     }
     sum += group_sum<double>(w);
   }
-  return __shfl_sync(kAllLanes, warp_scan(sum, lane), kSpans - 1);
+  return warp_scanned_total(sum);
+}
+
+__device__ __noinline__ double warp_wide_row_sum(const TileStats* stats, float largest, float scale,
+                                                 int tiles, int lane) {
+  return warp_sum_weights(stats, tiles, lane, [&](const TileStats& tile) {
+    return tile_weight(tile, largest, scale);
+  });
+}
+
+// One warp: the sum of a row's weights beside its largest logit. Branches once, not a tile.
+__device__ __forceinline__ double warp_row_sum(const TileStats* stats, float largest, float scale,
+                                               int tiles, int lane) {
+  const float product = largest * scale, anchor = whole(product);
+  if (is_wide(product)) return warp_wide_row_sum(stats, largest, scale, tiles, lane);
+  return warp_sum_weights(stats, tiles, lane, [&](const TileStats& tile) {
+    return near_tile_weight(tile, anchor, scale);
+  });
 }
 
 // One warp: the first index whose logit is `largest`.
@@ -263,10 +251,12 @@ __device__ __forceinline__ double warp_short_row_sum(const TileStats* stats, flo
 #pragma unroll
   for (int i = 0; i < kGroup; ++i) most = fmaxf(most, own[i].largest);
   *largest = warp_max(most);
+  const float product = *largest * scale, anchor = whole(product);
+  if (is_wide(product)) return warp_wide_row_sum(stats, *largest, scale, tiles, lane);
   float w[kGroup];
 #pragma unroll
-  for (int i = 0; i < kGroup; ++i) w[i] = tile_weight(own[i], *largest, scale);
-  return __shfl_sync(kAllLanes, warp_scan(group_sum<double>(w), lane), kSpans - 1);
+  for (int i = 0; i < kGroup; ++i) w[i] = near_tile_weight(own[i], anchor, scale);
+  return warp_scanned_total(group_sum<double>(w));
 }
 
 // One warp: a row's summary, in every lane.
@@ -277,15 +267,15 @@ __device__ RowSummary warp_summarize(const T* x, const TileStats* stats, float s
   if (!greedy && tiles <= kSpans * kGroup) {
     float largest;
     const double sum = warp_short_row_sum(stats, scale, tiles, lane, &largest);
-    return {logsumexp_of(sum, largest, scale), stats, largest, threshold, -1};
+    return {sum, -INFINITY, stats, largest, threshold, -1};
   }
   const float largest = warp_largest(stats, tiles, lane);
   if (greedy) {
     const int argmax = warp_argmax(x, stats, largest, vocab_size, lane);
-    return {largest, stats, largest, kNegativeInfinity, argmax};
+    return {0.0, largest, stats, largest, kNegativeInfinity, argmax};
   }
   const double sum = warp_row_sum(stats, largest, scale, tiles, lane);
-  return {logsumexp_of(sum, largest, scale), stats, largest, threshold, -1};
+  return {sum, -INFINITY, stats, largest, threshold, -1};
 }
 
 }  // namespace

@@ -156,10 +156,6 @@ __global__ void __launch_bounds__(kMaxWarps* kWarp, 1)
   __syncthreads();
   const bool sums_first = !greedy && (!filters.any() || filters.want_sums());
   const auto request = [&] { return Request(a, b, {summaries}, scale, greedy); };
-  if (warp == warps - 1) {
-    const float u = uniform(a.base, b, spec_length);
-    if (lane == 0) recovery_uniform = u;
-  }
   const int row_bytes = tiles * static_cast<int>(sizeof(TileStats));
   const bool is_given = a.draft_logsumexp != nullptr;
   const int kept_bytes = 2 * static_cast<int>(sizeof(Kept));
@@ -201,15 +197,10 @@ __global__ void __launch_bounds__(kMaxWarps* kWarp, 1)
     uint64_t* const pending = at.pending + At::kStats + k % 2;
     if (threadIdx.x == 0) expect_more(pending, summed_rows * row_bytes);
     if (k > 0 && k % kWarp == 0) __syncthreads();  // nobody reads the drafts before
-    if (warp == warps - 1 && k % kWarp == 0 && static_cast<int>(k) + lane < drafts) {
-      const int64_t at_k = k + lane, id = request().id(at_k);
-      DraftOfWalk& ahead = drafts_ahead[lane];
-      ahead.token = {id, uniform(a.base, b, at_k), request().values(at_k, id)};
-      if (a.draft_logsumexp) {
-        ahead.logsumexp = a.draft_logsumexp[static_cast<int64_t>(b) * spec_length + at_k];
-        ahead.octaves = static_cast<float>(ahead.logsumexp * kLog2E);
-      }
-    }
+    // The drafts' ids are on their way while a tile is worked on: all wait for the last tile.
+    const int64_t at_k = k + lane;
+    const bool looks = warp == warps - 1 && k % kWarp == 0 && at_k < drafts;
+    const int64_t id = looks ? request().id(at_k) : kPlaceholderTokenId;
     const DraftOfWalk& draft = drafts_ahead[k % kWarp];
     __syncwarp();
     if (k == 0) {
@@ -217,7 +208,6 @@ __global__ void __launch_bounds__(kMaxWarps* kWarp, 1)
       cluster_wait();
     }
     if (static_cast<int>(threadIdx.x) < blocks) announce(pending, static_cast<int>(threadIdx.x), 0);
-    if (k % kWarp == 0) __syncthreads();  // the drafts are there
     Team team = team_of(at, is_halved(rows, blocks), rank, blocks);
     bool is_accepted = false, alone = false;
     // Where its logsumexp was given the draft's row is read only where there is a search in it.
@@ -244,7 +234,17 @@ __global__ void __launch_bounds__(kMaxWarps* kWarp, 1)
         prefetch_tile(x_p + a.base.target_position_stride, static_cast<const T*>(nullptr), first,
                       vocab_size, lane);
       }
+      if (looks) {
+        DraftOfWalk& ahead = drafts_ahead[lane];
+        ahead.token = {id, 0.0f, request().values(at_k, id)};
+        ahead.token.u = uniform(a.base, b, at_k);
+        if (a.draft_logsumexp) {
+          ahead.logsumexp = a.draft_logsumexp[static_cast<int64_t>(b) * spec_length + at_k];
+          ahead.octaves = static_cast<float>(ahead.logsumexp * kLog2E);
+        }
+      }
       wait_for_bytes(pending, k >> 1 & 1);
+      if (k % kWarp == 0) __syncthreads();  // the drafts are there
       if (rows == 1 || !sums_first) continue;
 #pragma unroll 1
       for (int kind = 0; kind < (is_given ? Evidence::kDraft : Evidence::kKinds); ++kind) {
@@ -283,19 +283,22 @@ __global__ void __launch_bounds__(kMaxWarps* kWarp, 1)
     if (threadIdx.x == 0 || threadIdx.x == kWarp) {
       const DraftToken& token = draft.token;
       Request decided = request();
-      const RowSummary given = {draft.logsumexp, nullptr, 0.0f, kNegativeInfinity, -1};
+      const RowSummary given = {0.0, draft.logsumexp, nullptr, 0.0f, kNegativeInfinity, -1};
       decided.summaries.given = a.draft_logsumexp ? &given : nullptr;
       if (rows > 1) decided.summaries.threshold = at.kept_of[1].threshold;
       if (threadIdx.x == kWarp) {
-        row = decided.row(k, is_last ? kPlaceholderTokenId : token.id);
+        make_row(decided, k, is_last ? kPlaceholderTokenId : token.id, &row);
       } else {
-        ends =
-            is_last || !decided.accepts_values(k, token.id, token.values, [&] { return token.u; });
+        ends = is_last || !accepts_token(decided, k, token);
       }
     }
     __syncthreads();
     drawing = team;
     if (ends) break;
+  }
+  if (warp == 0) {
+    const float u = uniform(a.base, b, spec_length);
+    if (lane == 0) recovery_uniform = u;
   }
   using Outputs = fused_rejection::Request<T>;
   const Outputs outputs(a.base, b);

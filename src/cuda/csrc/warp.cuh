@@ -430,6 +430,43 @@ constexpr uint32_t kNegativeInfinityWord<BFloat16> = 0xFF80FF80u;
 template <>
 constexpr uint32_t kNegativeInfinityWord<Float16> = 0xFC00FC00u;
 
+// The larger of two words, of their one float or of each of their two 16-bit ones; of a NaN and a
+// number the number.
+template <typename T>
+__device__ __forceinline__ uint32_t max_of(uint32_t a, uint32_t b) {
+  uint32_t most = 0;
+  if constexpr (sizeof(T) == 4) {
+    most = bits_of(fmaxf(float_from_bits(a), float_from_bits(b)));
+  } else {
+#ifdef FR_EMULATION
+    for (int half = 0; half < 32; half += 16) {
+      const T x{static_cast<uint16_t>(a >> half)}, y{static_cast<uint16_t>(b >> half)};
+      const float x_f = static_cast<float>(x), y_f = static_cast<float>(y);
+      most |= static_cast<uint32_t>((x_f >= y_f || y_f != y_f ? x : y).bits) << half;
+    }
+#else
+    if constexpr (std::is_same_v<T, BFloat16>) {
+      asm("max.bf16x2 %0, %1, %2;" : "=r"(most) : "r"(a), "r"(b));
+    } else {
+      asm("max.f16x2 %0, %1, %2;" : "=r"(most) : "r"(a), "r"(b));
+    }
+#endif
+  }
+  return most;
+}
+
+// One lane: at least `floor`, a bfloat16, in place of what is less and of NaN.
+template <typename T>
+__device__ __forceinline__ void raise_to(RawTile<T>& raw, float floor) {
+  uint32_t word = bits_of(floor);
+  if (sizeof(T) < 4) word |= word >> 16;
+#pragma unroll
+  for (Words& words : raw.words) {
+#pragma unroll
+    for (uint32_t& own : words.word) own = max_of<T>(own, word);
+  }
+}
+
 // What stands for a token beyond the vocabulary: one without probability.
 template <typename T>
 __device__ __forceinline__ uint32_t pad_of(bool is_logits) {
@@ -469,15 +506,71 @@ __device__ __forceinline__ bool warp_may_weigh(const Row& row, float p_i) {
   return true;
 }
 
-// One warp: the sum of a tile's weights, in every lane; unless `weights` is null, they go there,
-// every span followed by a gap. `filtered`: whether it pays to look for places without weight.
-template <bool filtered = false, typename Row>
-__device__ __forceinline__ float warp_weigh_tile(const Row& row, int tile, int vocab_size, int lane,
-                                                 float* weights) {
+// One warp: reads a tile's p, and its q where the row has one.
+template <typename Row>
+__device__ __forceinline__ void load_tiles(const Row& row, int tile, int vocab_size, int lane,
+                                           RawTile<ElementOf<Row>>& p, RawTile<ElementOf<Row>>& q) {
   using T = ElementOf<Row>;
-  RawTile<T> p, q;
   load_tile(row.p, tile, vocab_size, pad_of<T>(Row::kTargetIsLogits), lane, p);
   if (row.q) load_tile(row.q, tile, vocab_size, pad_of<T>(row.draft_is_logits()), lane, q);
+}
+
+// One lane: the weights of half of its share of a tile, to where warp_weigh_raw keeps them.
+template <typename T>
+__device__ __forceinline__ void store_weights(const float (&w)[RawTile<T>::kElements], int half,
+                                              int lane, float* weights) {
+  const int at = lane * kVector<T> + RawTile<T>::index(half, 0);
+  float* first_of = weights + at + at / kKeptSpan;
+#pragma unroll
+  for (int i = 0; i < 8; ++i) first_of[i % 4 + i / 4 * (kPaddedTile / 2)] = w[i];
+}
+
+// One warp: warp_weigh_raw of a residual of plain rows of logits. Its parameters stay in registers:
+// from shared memory they would be read for each half.
+template <typename Row>
+__device__ __forceinline__ float warp_weigh_plain(const Row& row, RawTile<ElementOf<Row>>& p,
+                                                  RawTile<ElementOf<Row>>& q, int lane,
+                                                  float* weights) {
+  using T = ElementOf<Row>;
+  const auto residual = row.plain_residual;
+  // Float16 has no numbers as low as the floors.
+  constexpr bool raises = !std::is_same_v<T, Float16>;
+  if constexpr (raises) {
+    raise_to(p, residual.floor);
+    raise_to(q, residual.draft_floor);
+  }
+  float first = 0, second = 0;
+#pragma unroll 1
+  for (int half = 0; half < 2; ++half) {
+    float w[RawTile<T>::kElements];
+#pragma unroll
+    for (int i = 0; i < 8; ++i) {
+      if constexpr (raises) {
+        w[i] = residual.template weight<T>(p.at(i), q.at(i));
+      } else {
+        w[i] = residual.template raised_weight<T>(p.at(i), q.at(i));
+      }
+    }
+    if (weights) store_weights<T>(w, half, lane, weights);
+    first = second;
+    second = half_sum(w);
+    p.next_half();
+    q.next_half();
+  }
+  return warp_sum<T>(first, second);
+}
+
+// One warp: the sum of the weights of a tile whose p and q it has read, in every lane; unless
+// `weights` is null, they go there, every span followed by a gap. `filtered`: whether it pays to
+// look for places without weight.
+template <bool filtered = false, typename Row>
+__device__ __forceinline__ float warp_weigh_raw(const Row& row, RawTile<ElementOf<Row>>& p,
+                                                RawTile<ElementOf<Row>>& q, int tile, int lane,
+                                                float* weights) {
+  using T = ElementOf<Row>;
+  if constexpr (Row::kTargetIsLogits) {
+    if (row.q && row.is_plain()) return warp_weigh_plain(row, p, q, lane, weights);
+  }
   const int begin = tile * kTile + lane * kVector<T>;
   constexpr int unroll = Row::kTargetIsLogits ? 1 : 2;
   float first = 0, second = 0;
@@ -489,7 +582,7 @@ __device__ __forceinline__ float warp_weigh_tile(const Row& row, int tile, int v
       for (int i = 0; i < 8; ++i) {
         w[i] = row.without_draft(p.at(i), begin + RawTile<T>::index(half, i));
       }
-    } else if (row.is_plain()) {
+    } else if (!Row::kTargetIsLogits) {
 #pragma unroll
       for (int i = 0; i < 8; ++i) w[i] = row.with_plain_draft(p.at(i), q.at(i));
     } else {
@@ -499,18 +592,34 @@ __device__ __forceinline__ float warp_weigh_tile(const Row& row, int tile, int v
         if (!filtered || warp_may_weigh(row, p.at(i))) w[i] = row.with_draft(p.at(i), q.at(i));
       }
     }
-    if (weights) {
-      const int at = lane * kVector<T> + RawTile<T>::index(half, 0);
-      float* first_of = weights + at + at / kKeptSpan;
-#pragma unroll
-      for (int i = 0; i < 8; ++i) first_of[i % 4 + i / 4 * (kPaddedTile / 2)] = w[i];
-    }
+    if (weights) store_weights<T>(w, half, lane, weights);
     first = second;
     second = half_sum(w);
     p.next_half();
     q.next_half();
   }
   return warp_sum<T>(first, second);
+}
+
+// One warp: the same of a tile that it reads.
+template <bool filtered = false, typename Row>
+__device__ __forceinline__ float warp_weigh_tile(const Row& row, int tile, int vocab_size, int lane,
+                                                 float* weights) {
+  using T = ElementOf<Row>;
+  RawTile<T> p, q;
+  load_tiles(row, tile, vocab_size, lane, p, q);
+  return warp_weigh_raw<filtered>(row, p, q, tile, lane, weights);
+}
+
+// All threads of a block: the weights of a tile, as warp_weigh_tile stores them.
+template <typename Row>
+__device__ __forceinline__ void block_store_weights(const Row& row, int tile, int vocab_size,
+                                                    float* weights) {
+  const int begin = tile * kTile;
+#pragma unroll 4
+  for (int m = static_cast<int>(threadIdx.x); m < kTile; m += static_cast<int>(blockDim.x)) {
+    weights[m + m / kKeptSpan] = begin + m < vocab_size ? weight_at(row, begin + m) : 0.0f;
+  }
 }
 
 // One warp: brings a tile's lines of two rows, either of them null, into the L2 cache.
