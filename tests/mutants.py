@@ -292,7 +292,7 @@ MUTANTS = [
     Mutant(
         "logits: the launch that draws has no statistics of the target's row",
         POSITIONS,
-        "findings.stats[position * tiles + i] = at.stats[i];",
+        "findings.stats[position() * tiles + i] = at.stats[i];",
         "",
     ),
     Mutant(
@@ -304,8 +304,8 @@ MUTANTS = [
     Mutant(
         "logits: the draft's row is filtered by the target's threshold",
         POSITIONS,
-        "if (filtered && rows > 1) decided.summaries.threshold = at.kept_of[1].threshold;",
-        "if (filtered && rows > 1) decided.summaries.threshold = at.kept_of[0].threshold;",
+        "if (filtered && rows > 1) known.threshold = at.kept_of[1].threshold;",
+        "if (filtered && rows > 1) known.threshold = at.kept_of[0].threshold;",
     ),
     Mutant(
         "thresholds: what is kept is not summed where the search did not come upon it",
@@ -598,8 +598,8 @@ MUTANTS = [
     Mutant(
         "logits: the first block that is done with its share decides",
         SHARES,
-        "if (done != static_cast<unsigned>(wanted)) return false;",
-        "if (done != static_cast<unsigned>(count)) return false;",
+        "completes = done == static_cast<unsigned>(wanted);",
+        "completes = done == static_cast<unsigned>(count);",
     ),
     Mutant(
         "logits: statistics of a draft's row are stored in the target's",
@@ -616,8 +616,8 @@ MUTANTS = [
     Mutant(
         "logits: a position that does not end its request leaves no sign of that",
         POSITIONS,
-        "if (findings.tokens && !ends) findings.tokens[position] = kPlaceholderTokenId;",
-        ";",
+        "if (findings.tokens && found == kGoesOn) ",
+        "if (false) ",
     ),
     Mutant(
         "logits: of more drafts than a warp has lanes the first end of every 32 counts",
@@ -628,8 +628,32 @@ MUTANTS = [
     Mutant(
         "logits: the launch that draws begins each block's tiles at the row's first",
         SHARES,
-        "const int block_begin = rank * kDrawingWarps * share, begin",
-        "const int block_begin = 0, begin",
+        "const OwnTiles own(rank, blocks);",
+        "const OwnTiles own(0, blocks);",
+    ),
+    Mutant(
+        "logits: a position of plain rows forgets what the ratio of their sums lost by rounding",
+        LOGITS,
+        "const float less = fmaf(exp2_slope(fraction), fraction, rest);",
+        "const float less = exp2_slope(fraction) * fraction;",
+    ),
+    Mutant(
+        "logits: a token that the target excludes keeps a weight where the draft excludes it too",
+        LOGITS,
+        "next_bfloat16(floor + (1.0f - q_over_p.octaves) * octave)",
+        "next_bfloat16(floor - (9.0f + q_over_p.octaves) * octave)",
+    ),
+    Mutant(
+        "logits: of plain float32 rows what rounding the difference lost is left out",
+        LOGITS,
+        "fraction = fmaf(lost, scale, fraction);",
+        ";",
+    ),
+    Mutant(
+        "logits: where a warp keeps its tile the draft's is taken for it",
+        POSITIONS,
+        "RawTile<T> now = keeps_raw && i >= tiles ? raw_q : raw;",
+        "RawTile<T> now = raw;",
     ),
     Mutant(
         "vectorized: a prefix may reach beyond 1 and come back",

@@ -107,8 +107,7 @@ void run_logits(const LogitsParams& a, int kernel, int n, bool early_exit, unsig
     std::vector<LogitsRow<T>> drawn_from(targets);
     std::vector<TileStats> kept_stats(rows * tiles, TileStats{NAN, NAN});
     std::vector<uint8_t> verdicts(targets, kGoesOn);
-    std::vector<float> sums(batch_size * tiles, NAN);
-    std::vector<unsigned> arrived(targets), summed(batch_size);
+    std::vector<unsigned> arrived(targets);
     const bool keeps = seed % 2 == 0;
     Findings<T> findings = {};
     if (a.base.spec_length > 0) {
@@ -116,9 +115,7 @@ void run_logits(const LogitsParams& a, int kernel, int n, bool early_exit, unsig
       if (early_exit && !a.filters()) {
         findings.rows = drawn_from.data();
         findings.stats = kept_stats.data();
-        findings.sums = sums.data();
         findings.arrived = arrived.data();
-        findings.summed = summed.data();
       } else {
         findings.tokens = tokens.data();
       }
@@ -136,11 +133,9 @@ void run_logits(const LogitsParams& a, int kernel, int n, bool early_exit, unsig
       return;
     }
     // n stands for how many tiles a warp has. Both kernels leave the same.
-    const auto blocks_of = [&](int count, int share_warps) {
-      return (count + share_warps * n - 1) / (share_warps * n);
-    };
     if (early_exit && n != 2 && !a.filters() && a.base.spec_length > 0) {
-      const int shares = blocks_of(tiles, kDecidingWarps), kinds = num_draft_rows(a) > 0 ? 2 : 1;
+      const int of_block = kDecidingWarps * n, shares = (tiles + of_block - 1) / of_block,
+                kinds = num_draft_rows(a) > 0 ? 2 : 1;
       const auto body = [&] { decide_kernel<T>(a, shares, n, findings); };
       emulation::launch(kinds * shares, kDecidingWarps * kWarp, 1, 0, body, seed,
                         static_cast<int>(batch_size), positions);
@@ -150,9 +145,8 @@ void run_logits(const LogitsParams& a, int kernel, int n, bool early_exit, unsig
     }
     if (a.base.spec_length == 0) return;
     if (early_exit && !a.filters()) {
-      const int shares = blocks_of(tiles, kDrawingWarps);
-      const auto draw = [&] { draw_kernel<T>(a, shares, n, findings); };
-      emulation::launch(static_cast<int>(batch_size) * shares, kDrawingWarps * kWarp, 1, 0, draw,
+      const auto draw = [&] { draw_kernel<T>(a, n, findings); };
+      emulation::launch(static_cast<int>(batch_size) * n, threads, n, exchange_floats(tiles), draw,
                         seed);
       return;
     }

@@ -239,14 +239,19 @@ struct RowRatio {
             rest};
   }
 
-  // Whether a draft is accepted with the uniform that `u()` draws.
-  template <typename Uniform>
+  // Whether a draft whose logits are of type T is accepted with the uniform that `u()` draws.
+  template <typename T, typename Uniform>
   FR_FUNCTION bool accepts_draft(const DraftValues& values, float scale, const Uniform& u) const {
     const float x_p = finite_logit(values.target), x_q = finite_logit(values.draft);
     if (!(x_p > kNegativeInfinity)) return false;
     if (!(x_q > kNegativeInfinity)) return true;
-    const double exponent = (static_cast<double>(x_q) - x_p) * scale + octaves;
-    const float power = exp2_portable(static_cast<float>(exponent < 126 ? exponent : 126));
+    float exponent;
+    if constexpr (sizeof(T) > 2) {
+      exponent = static_cast<float>((static_cast<double>(x_q) - x_p) * scale + octaves);
+    } else {  // their difference is exact wherever it matters
+      exponent = fmaf(x_q - x_p, scale, octaves);
+    }
+    const float power = exp2_portable(exponent < 126.0f ? exponent : 126.0f);
     return accepts(u(), power * ratio, 1.0f);
   }
 };
@@ -321,9 +326,12 @@ FR_FUNCTION float tile_weight(const TileStats& tile, float largest, float scale)
   return tile.sum * exp2_portable(static_cast<float>(octaves));
 }
 
-FR_RARE_FUNCTION double logsumexp_of(double sum, float largest, float scale) {
+FR_FUNCTION double logsumexp_of(double sum, float largest, float scale) {
   if (!(largest > kNegativeInfinity)) return -INFINITY;
   return (log2_portable(sum) + anchor_of(largest, scale)) * kLn2;
+}
+FR_RARE_FUNCTION double called_logsumexp_of(double sum, float largest, float scale) {
+  return logsumexp_of(sum, largest, scale);
 }
 
 // Parameters of the logits operators beside Params, whose target_probs and draft_probs then are
@@ -350,9 +358,9 @@ struct LogitsParams {
 
 // What is known of one row of logits after a pass over it.
 struct RowSummary {
-  double sum;               // of the weights beside `largest` of all logits, or 0:
-  double kept_logsumexp;    // then the logsumexp over what is kept
-  const TileStats* stats;   // [tiles], or null: a draft's logsumexp that was given
+  double sum;              // of the weights beside `largest` of all logits, or 0:
+  double kept_logsumexp;   // then the logsumexp over what is kept
+  const TileStats* stats;  // [tiles], or null: a draft's logsumexp that was given
   float largest;
   float threshold;
   int argmax;  // the first of the largest, -1 for a row without mass; known for greedy requests
@@ -361,7 +369,7 @@ struct RowSummary {
 
   // Over what is kept.
   FR_FUNCTION double logsumexp(float scale) const {
-    return sum > 0 ? logsumexp_of(sum, largest, scale) : kept_logsumexp;
+    return sum > 0 ? called_logsumexp_of(sum, largest, scale) : kept_logsumexp;
   }
 };
 
@@ -480,7 +488,8 @@ struct LogitsRow {
   }
 };
 
-// `Summaries` offers target(k) and draft(k), the RowSummary of a position, and draft_mass(k, scale).
+// `Summaries` offers target(k) and draft(k), the RowSummary of a position, and draft_mass(k,
+// scale).
 template <typename T, typename Summaries>
 struct LogitsRequest : Request<T> {
   using Row = LogitsRow<T>;
@@ -527,7 +536,7 @@ struct LogitsRequest : Request<T> {
   FR_FUNCTION bool accepts_values(int64_t k, int64_t id, const DraftValues& values,
                                   const RowRatio& q_over_p, const Uniform& u) const {
     if (!this->in_vocab(id)) return false;
-    if (q_over_p.is_plain) return q_over_p.accepts_draft(values, scale, u);
+    if (q_over_p.is_plain) return q_over_p.template accepts_draft<T>(values, scale, u);
     const RowSummary target = summaries.target(k);
     if (greedy) return id == target.argmax;
     const float x_p = finite_logit(values.target);
@@ -543,9 +552,8 @@ struct LogitsRequest : Request<T> {
   // log2 of one probability over another. In log space: far down the tails both underflow.
   FR_FUNCTION float log2_ratio(float x, const RowSummary& row, float other_x,
                                const RowSummary& other) const {
-    const double ratio =
-        (static_cast<double>(x) - other_x) * scale +
-        (other.logsumexp(scale) - row.logsumexp(scale)) * kLog2E;
+    const double ratio = (static_cast<double>(x) - other_x) * scale +
+                         (other.logsumexp(scale) - row.logsumexp(scale)) * kLog2E;
     return static_cast<float>(ratio < 126 ? ratio : 126);
   }
 
@@ -671,8 +679,9 @@ struct LogitsPlan {
   int kept_tiles;       // tiles whose weights a block of a position keeps in shared memory
   // Tiles that a warp of decide_kernel takes, 0 where positions_kernel decides; and one of
   // draw_kernel.
-  int deciding_share, drawing_share;
-  int64_t workspace_bytes;  // uninitialised device memory that launch_from_logits wants
+  int deciding_share;
+  int drawing_blocks, drawing_warps;  // of draw_kernel: a request's blocks, a block's warps
+  int64_t workspace_bytes;            // uninitialised device memory that launch_from_logits wants
 };
 
 // As plan_fused; `blocks`: of a position in clusters, else of a request.

@@ -130,8 +130,7 @@ __device__ void summarize_request(const LogitsParams& a, int64_t b, const TileSt
     if (is_draft && a.draft_logsumexp) {
       summary = {0.0, a.draft_logsumexp[b * spec_length + k], nullptr, 0.0f, threshold, -1};
     } else if (threshold > kNegativeInfinity) {
-      summary = {0.0,    kept[row].logsumexp, stats + row * tiles, kept[row].largest,
-                 threshold, -1};
+      summary = {0.0, kept[row].logsumexp, stats + row * tiles, kept[row].largest, threshold, -1};
     } else {
       const T* x = is_draft ? request.draft_row(k) : request.target_row(k);
       summary = warp_summarize(x, stats + row * tiles, scale, threshold, greedy, vocab_size, lane);
@@ -185,6 +184,9 @@ const void* const kLogitsKernels[] = {
     reinterpret_cast<const void*>(&positions_kernel<float, true>),
     reinterpret_cast<const void*>(&positions_kernel<BFloat16, true>),
     reinterpret_cast<const void*>(&positions_kernel<Float16, true>),
+    reinterpret_cast<const void*>(&draw_kernel<float>),
+    reinterpret_cast<const void*>(&draw_kernel<BFloat16>),
+    reinterpret_cast<const void*>(&draw_kernel<Float16>),
     reinterpret_cast<const void*>(&walk_kernel<float>),
     reinterpret_cast<const void*>(&walk_kernel<BFloat16>),
     reinterpret_cast<const void*>(&walk_kernel<Float16>),
@@ -233,13 +235,12 @@ int blocks_per_walk(const LogitsParams& a, const Device& device) {
   return blocks;
 }
 
-// Tiles that a warp takes of `tiles`, where there are `rows` such rows: as many as still give every
-// place for a warp on the card some.
-int share_of_tiles(int64_t rows, int tiles, const Device& device) {
-  constexpr int kLeast = 1, kMost = 8;
-  const int64_t places = device.multiprocessors * kResidentShares * kDrawingWarps;
-  const int64_t share = rows * tiles / places;
-  return static_cast<int>(std::clamp<int64_t>(share, kLeast, kMost));
+// Blocks of a cluster that draws: as many as let all requests have theirs at once, each block a
+// multiprocessor.
+int blocks_per_draw(const LogitsParams& a, const Device& device) {
+  int blocks = kPortableCluster;
+  while (blocks > 1 && device.whole_clusters[blocks] < a.base.batch_size) --blocks;
+  return blocks;
 }
 
 int blocks_of_shares(int tiles, int of_block) { return (tiles + of_block - 1) / of_block; }
@@ -270,8 +271,7 @@ struct Workspace {
       }
       stats_bytes = (plan.deciding_share ? rows : targets) * row_bytes;
       rows_bytes = targets * static_cast<int64_t>(sizeof(LogitsRow<float>));
-      sums_bytes = sums;
-      counters_bytes = (targets + a.base.batch_size) * static_cast<int64_t>(sizeof(unsigned));
+      counters_bytes = targets * static_cast<int64_t>(sizeof(unsigned));
       return;
     }
     stats_bytes = rows * row_bytes;
@@ -329,9 +329,7 @@ struct LaunchLogits {
       } else {
         findings.stats = reinterpret_cast<TileStats*>(at);
         findings.rows = reinterpret_cast<LogitsRow<T>*>(at += sizes.stats_bytes);
-        findings.sums = reinterpret_cast<float*>(at += sizes.rows_bytes);
-        findings.arrived = reinterpret_cast<unsigned*>(at += sizes.sums_bytes);
-        findings.summed = findings.arrived + targets;
+        findings.arrived = reinterpret_cast<unsigned*>(at += sizes.rows_bytes);
       }
       if (plan.early_exit) {
         const int64_t cleared = sizes.counters_bytes + sizes.verdicts_bytes;
@@ -349,11 +347,11 @@ struct LaunchLogits {
         plan.deciding_share ? decide(a, plan, findings, stream) : find(a, plan, findings, stream);
     if (error != cudaSuccess || a.base.spec_length == 0) return error;
     if (!draws_at_once(a, plan)) {
-      const int blocks = blocks_of_shares(tiles, kDrawingWarps * plan.drawing_share);
+      const int blocks = plan.drawing_blocks;
       const cudaLaunchConfig_t draw =
-          configure(a.base.batch_size * blocks, kDrawingWarps * kWarp, stream);
-      return launch_overlapping(draw_kernel<T>, draw, true, a, blocks, plan.drawing_share,
-                                findings);
+          configure(a.base.batch_size * blocks, plan.drawing_warps * kWarp, stream);
+      return launch_in_clusters(draw_kernel<T>, draw, blocks, exchange_bytes(a.base.vocab_size), a,
+                                blocks, findings);
     }
     constexpr int requests = 4;  // a block
     const cudaLaunchConfig_t finish =
@@ -448,7 +446,8 @@ int plan_from_logits(const LogitsParams& a, Exchange exchange, int blocks, Logit
   plan->blocks_per_position = 0;
   plan->early_exit = false;
   plan->blocks_per_walk = 0;
-  plan->kept_tiles = plan->deciding_share = plan->drawing_share = 0;
+  plan->kept_tiles = plan->deciding_share = 0;
+  plan->drawing_blocks = plan->drawing_warps = 0;
   if (plan->fused.exchange == Exchange::kCluster && !a.base.block_verification) {
     plan->blocks_per_position = blocks > 0 ? blocks : blocks_per_position(a, *device);
     if (!a.filters()) {
@@ -460,8 +459,13 @@ int plan_from_logits(const LogitsParams& a, Exchange exchange, int blocks, Logit
     const int64_t all = num_target_rows(a.base) * plan->blocks_per_position;
     plan->early_exit = a.base.spec_length > 0 && all > blocks_at_once(a, *device);
     if (plan->early_exit && blocks == 0) plan->blocks_per_walk = blocks_per_walk(a, *device);
-    const int tiles = num_tiles(a.base.vocab_size);
-    plan->drawing_share = share_of_tiles(a.base.batch_size, tiles, *device);
+    if (!draws_at_once(a, *plan)) {
+      plan->drawing_blocks = blocks_per_draw(a, *device);
+      // Of more requests than multiprocessors two at a time share one, as well where registers of a
+      // larger block would not do.
+      const bool small = device->major >= 12 || a.base.batch_size > device->multiprocessors;
+      plan->drawing_warps = small ? kMaxWarps : kMaxFusedWarps;
+    }
     // Of very few requests the clusters of positions_kernel know the verdict sooner. The more rows
     // there are at a position, the less it matters how soon its last tile is done.
     constexpr int64_t kMany = 8, kMostInGrid = 65535;

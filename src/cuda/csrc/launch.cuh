@@ -70,10 +70,12 @@ cudaLaunchAttribute cluster_of(int blocks) {
 
 struct Device {
   int multiprocessors;
-  int most_warps;                           // a block of kernels[0] may have
-  int large_clusters[kLargestCluster + 1];  // of n such blocks that run at once: a block there may
-                                            // have a multiprocessor to itself
-  int64_t shared_bytes;                     // that a kernel may ask for
+  int major;                                 // of the compute capability
+  int most_warps;                            // a block of kernels[0] may have
+  int large_clusters[kLargestCluster + 1];   // of n such blocks that run at once: a block there may
+                                             // have a multiprocessor to itself
+  int whole_clusters[kPortableCluster + 1];  // of n blocks that have a multiprocessor each
+  int64_t shared_bytes;                      // that a kernel may ask for
   int largest_cluster;  // 0: no clusters, or none in the code compiled for this card
 };
 
@@ -92,11 +94,11 @@ int clusters_at_once(const void* kernel, int size, int warps, int64_t shared_byt
 // `kernels`: the kernels that would run in clusters, one for each dtype.
 template <int n>
 cudaError_t describe(const void* const (&kernels)[n], int ordinal, Device* device) {
-  int major = 0, most_shared = 0;
+  int most_shared = 0;
   cudaError_t error =
       cudaDeviceGetAttribute(&device->multiprocessors, cudaDevAttrMultiProcessorCount, ordinal);
   if (error == cudaSuccess) {
-    error = cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, ordinal);
+    error = cudaDeviceGetAttribute(&device->major, cudaDevAttrComputeCapabilityMajor, ordinal);
   }
   if (error == cudaSuccess) {
     error = cudaDeviceGetAttribute(&most_shared, cudaDevAttrMaxSharedMemoryPerBlockOptin, ordinal);
@@ -104,10 +106,11 @@ cudaError_t describe(const void* const (&kernels)[n], int ordinal, Device* devic
   cudaFuncAttributes attributes;
   if (error == cudaSuccess) error = cudaFuncGetAttributes(&attributes, kernels[0]);
   if (error != cudaSuccess) return error;
-  *device = {device->multiprocessors, attributes.maxThreadsPerBlock / kWarp, {}, 0, 0};
+  *device = {
+      device->multiprocessors, device->major, attributes.maxThreadsPerBlock / kWarp, {}, {}, 0, 0};
   device->shared_bytes = std::min(kMaxSharedBytes, most_shared - kStaticSharedBytes);
   // Without such code the cluster instructions are left out too.
-  if (major < 9 || !is_for_sm_90(attributes)) return cudaSuccess;
+  if (device->major < 9 || !is_for_sm_90(attributes)) return cudaSuccess;
   device->largest_cluster = kLargestCluster;
   for (const void* kernel : kernels) {
     error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
@@ -122,6 +125,10 @@ cudaError_t describe(const void* const (&kernels)[n], int ordinal, Device* devic
   }
   for (int size = 1; size <= device->largest_cluster; ++size) {
     device->large_clusters[size] = clusters_at_once(kernels[0], size, device->most_warps, 0);
+  }
+  for (int size = 1; size <= kPortableCluster; ++size) {
+    device->whole_clusters[size] =
+        clusters_at_once(kernels[0], size, device->most_warps, device->shared_bytes);
   }
   return cudaSuccess;
 }

@@ -25,10 +25,7 @@ struct Findings {
   // Null where there are tokens:
   LogitsRow<T>* rows;  // [B][K + 1], what to draw from where it ends
   TileStats* stats;    // [B][K + 1][tiles] of the target's rows, [B][K][tiles] of the draft's
-  // What warps leave to the last of them.
-  float* sums;        // [B][tiles], of the row drawn from
-  unsigned* arrived;  // [B][K + 1], tiles of a position whose statistics are there; 0 at first
-  unsigned* summed;   // [B], tiles of `sums` that are there; 0 at first
+  unsigned* arrived;   // [B][K + 1], tiles of a position whose statistics are there; 0 at first
 };
 
 enum Verdict : uint8_t { kGoesOn, kEnds };
@@ -211,19 +208,22 @@ __device__ __forceinline__ RowSummary warp_summarize_kept(const PositionShared& 
   return warp_summarize(x, stats, scale, kNegativeInfinity, greedy, vocab_size, lane);
 }
 
-// Whether draft k is accepted, and what is drawn from where it is not: of rows that are not plain.
-// Calls, since they would take registers.
+// A position whose rows are not plain. Calls, since they would take registers; of one argument or
+// two, for the same reason.
 template <typename Request>
-__device__ __noinline__ bool accepts_token(const Request& request, unsigned k,
-                                           const DraftToken& draft) {
-  const RowRatio q_over_p = request.ratio(k);
-  return request.accepts_values(k, draft.id, draft.values, q_over_p, [&] { return draft.u; });
-}
-template <typename Request>
-__device__ __noinline__ void make_row(const Request& request, unsigned k, int64_t id,
-                                      typename Request::Row* row) {
-  *row = request.row(k, id);
-}
+struct OtherPosition {
+  Request request;
+  unsigned k;
+  const DraftToken& draft;  // the placeholder where the drafts have ended
+
+  __device__ __noinline__ bool accepts_draft() const {
+    const auto u = [&] { return draft.u; };
+    return request.accepts_values(k, draft.id, draft.values, request.ratio(k), u);
+  }
+  __device__ __noinline__ void make_row(typename Request::Row* row) const {
+    *row = request.row(k, draft.id);
+  }
+};
 
 // All threads of a cluster: draws from a residual of which each warp has at most one tile, in its
 // registers. False where it has no weight; `row` is then that of the target.
@@ -310,8 +310,8 @@ __global__ void __launch_bounds__(kMaxWarps* kWarp, kResidentPositions<T, filter
   }
   const float scale = a.scale(b);
   const int rows = num_draft_rows(a) > 0 && !greedy && !is_last ? 2 : 1;
-  // Where all blocks run at once a warp that has one tile of a row keeps it, and has the draft's when
-  // it is wanted.
+  // Where all blocks run at once a warp that has one tile of a row keeps it, and has the draft's
+  // when it is wanted.
   const bool stays = !filtered && !early_exit && x_q && a.draft_is_logits && !greedy;
   const bool keeps_raw = stays && step >= tiles;
   RawTile<T> raw_q;
@@ -339,7 +339,8 @@ __global__ void __launch_bounds__(kMaxWarps* kWarp, kResidentPositions<T, filter
     const int64_t begin = static_cast<int64_t>(b) * (spec_length + 1);
     is_over = warp_is_over(findings.verdicts + begin, k, lane) ? 1.0f : 0.0f;
   }
-  const int64_t position = static_cast<int64_t>(b) * (spec_length + 1) + k;
+  // Made anew where it is used, from the argument: kept, it would be stored.
+  const auto position = [&] { return b * a.base.spec_length + b + k; };
   if (early_exit) {  // one block looks, so that all leave together
     cluster_wait();
     if (rank == 0 && warp == 0 && lane < blocks) {
@@ -348,14 +349,19 @@ __global__ void __launch_bounds__(kMaxWarps* kWarp, kResidentPositions<T, filter
     wait_for_bytes(at.pending + At::kIsOver);
     if (*at.is_over > 0.0f) {
       if (findings.tokens && rank == 0 && threadIdx.x == 0) {
-        findings.tokens[position] = kPlaceholderTokenId;
+        findings.tokens[position()] = kPlaceholderTokenId;
       }
       return;
     }
   }
   // Made anew where it is used: kept, it would take registers that the loops want.
   const auto request = [&] { return Request(a, b, {summaries}, scale, greedy); };
-  if (looks && !is_last) coming.ask_values(x_p, x_q, vocab_size);
+  if (looks && !is_last) {
+    coming.ask_values(x_p, x_q, vocab_size);
+    if (lane == 0) draft.id = coming.id;
+  } else if (warp == warps - 1 && lane == 0) {
+    draft.id = kPlaceholderTokenId;
+  }
   // The card has time for rows that only a rejection reads.
   const bool ahead = !filtered && !early_exit && rows == 1 && x_q && !keeps_raw;
   const Filters filters = filtered ? Filters(a, b) : Filters::none();
@@ -386,7 +392,6 @@ __global__ void __launch_bounds__(kMaxWarps* kWarp, kResidentPositions<T, filter
       (lane == 0 ? draft.u : recovery_uniform) = u;
     }
     if (lane == 0) {
-      draft.id = coming.id;
       draft.values = coming.values(x_q);
       given = {0.0, given_sum, nullptr, 0.0f, kNegativeInfinity, -1};
       if (a.draft_logsumexp) draft_mass = draft_mass_of(given_sum);
@@ -424,8 +429,9 @@ __global__ void __launch_bounds__(kMaxWarps* kWarp, kResidentPositions<T, filter
   const auto tell = [&](Verdict found) {  // one thread
     verdict = found;
     if (rank != 0) return;
-    if (findings.verdicts && found == kEnds) findings.verdicts[position] = kEnds;  // else it is there
-    if (findings.tokens && found == kGoesOn) findings.tokens[position] = kPlaceholderTokenId;
+    // kGoesOn is there.
+    if (findings.verdicts && found == kEnds) findings.verdicts[position()] = kEnds;
+    if (findings.tokens && found == kGoesOn) findings.tokens[position()] = kPlaceholderTokenId;
     if (spec_length == 0) a.base.num_accepted[b] = 0;
   };
   // Two threads decide, one whether the request ends here, one what it would draw from: at once
@@ -445,7 +451,8 @@ __global__ void __launch_bounds__(kMaxWarps* kWarp, kResidentPositions<T, filter
     } else if (q_over_p.is_plain) {
       const bool is_known = draft.id >= 0 && draft.id < vocab_size;
       const auto u = [&] { return draft.u; };
-      tell(is_known && q_over_p.accepts_draft(draft.values, scale, u) ? kGoesOn : kEnds);
+      const bool accepted = is_known && q_over_p.accepts_draft<T>(draft.values, scale, u);
+      tell(accepted ? kGoesOn : kEnds);
     }
     if (threadIdx.x == 0) is_decided = q_over_p.is_plain || (is_last && !greedy);
   }
@@ -454,20 +461,26 @@ __global__ void __launch_bounds__(kMaxWarps* kWarp, kResidentPositions<T, filter
     if (decides) {
       PositionSummaries known{summaries, a.draft_logsumexp ? &given : nullptr, &draft_mass};
       if (filtered && rows > 1) known.threshold = at.kept_of[1].threshold;
-      const Request decided(a, b, known, scale, greedy);
+      const OtherPosition<Request> other{Request(a, b, known, scale, greedy), k, draft};
       if (threadIdx.x == kWarp) {
-        make_row(decided, k, is_last ? kPlaceholderTokenId : draft.id, &row);
+        other.make_row(&row);
       } else {
-        tell(is_last || !accepts_token(decided, k, draft) ? kEnds : kGoesOn);
+        tell(is_last || !other.accepts_draft() ? kEnds : kGoesOn);
       }
     }
     __syncthreads();
   }
   if (verdict == kGoesOn) return;
+  const PositionOutput output{a.base, findings.tokens, b, k};
+  if (!filtered && keeps_raw && keeps && row.is_plain()) {
+    if (draw_kept_raw(row, raw, raw_q, vocab_size, recovery_uniform, rank, blocks, at, output)) {
+      return;
+    }
+    keeps = false;  // the residual has no weight
+  }
   if (a.logsumexp && rank == 0 && threadIdx.x == blockDim.x - 1) {  // no other waits for it
     a.logsumexp[b] = summaries[0].logsumexp(scale);
   }
-  const PositionOutput output{a.base, findings.tokens, b, k};
   if constexpr (filtered) {
     const Team team = team_of(at, is_halved(rows, blocks), rank, blocks);
     draw_kept(row, *at.search, team, vocab_size, recovery_uniform, rank, blocks, at.sums, output);
@@ -476,20 +489,14 @@ __global__ void __launch_bounds__(kMaxWarps* kWarp, kResidentPositions<T, filter
   if (findings.rows) {
     if (rank != 0) return;
     for (int i = threadIdx.x; i < tiles; i += blockDim.x) {
-      findings.stats[position * tiles + i] = at.stats[i];
+      findings.stats[position() * tiles + i] = at.stats[i];
     }
     if (threadIdx.x == 0) {
       LogitsRow<T> found = row;
-      found.stats = findings.stats + position * tiles;
-      findings.rows[position] = found;
+      found.stats = findings.stats + position() * tiles;
+      findings.rows[position()] = found;
     }
     return;
-  }
-  if (keeps && keeps_raw && row.is_plain()) {
-    if (draw_kept_raw(row, raw, raw_q, vocab_size, recovery_uniform, rank, blocks, at, output)) {
-      return;
-    }
-    keeps = false;  // the residual has no weight
   }
   draw_token<Step::kInCluster>(row, vocab_size, recovery_uniform, rank, blocks, at.sums, output,
                                keeps ? at.kept : nullptr);

@@ -1,6 +1,6 @@
-// Verification from logits for many requests: a block has a share of a row's tiles, and the block
-// that completes the position, or the row to draw from, goes on with it. Nothing waits for another
-// block.
+// Verification from logits for many requests, in two launches. A block has a share of a row's
+// tiles, and the block that completes the position decides, so that nothing waits for another
+// block. Then a cluster a request draws.
 #pragma once
 
 #include "positions.cuh"
@@ -8,8 +8,7 @@
 namespace fused_rejection {
 namespace {
 
-constexpr int kDecidingWarps = 8, kDrawingWarps = 4;  // of a block
-constexpr int kResidentDecisions = kResidentShares * kDrawingWarps / kDecidingWarps;
+constexpr int kDecidingWarps = 8;  // of a block
 
 // All warps of a block: counts what it has stored. Whether all of `wanted` is there now; if so the
 // block sees it.
@@ -48,14 +47,15 @@ __device__ __forceinline__ void block_decide_position(const LogitsParams& a, uns
   }
   if (warp < rows) {
     const int64_t row = warp == 0 ? position : num_target_rows(a.base) + b * spec_length + k;
-    const RowSummary summary =
-        warp_summarize(warp == 0 ? x_p : x_q, findings.stats + row * tiles, scale,
-                       kNegativeInfinity, greedy, vocab_size, lane);
+    const RowSummary summary = warp_summarize(warp == 0 ? x_p : x_q, findings.stats + row * tiles,
+                                              scale, kNegativeInfinity, greedy, vocab_size, lane);
     if (lane == 0) {
       summaries[warp] = summary;
       if (warp > 0 && summary.sum > 0) draft_mass = draft_mass_of(summary.logsumexp(scale));
     }
-  } else if (warp == 2 && !is_last && lane == 0) {
+  } else if (warp == 2 && is_last && lane == 0) {
+    draft.id = kPlaceholderTokenId;
+  } else if (warp == 2 && lane == 0) {
     ComingDraft<T> coming;
     coming.ask(a.base, b, k);
     const double sum = a.draft_logsumexp ? a.draft_logsumexp[b * spec_length + k] : 0.0;
@@ -79,14 +79,14 @@ __device__ __forceinline__ void block_decide_position(const LogitsParams& a, uns
   } else if (q_over_p.is_plain) {
     const bool is_known = draft.id >= 0 && draft.id < vocab_size;
     const auto u = [&] { return draft.u; };
-    if (is_known && q_over_p.accepts_draft(draft.values, scale, u)) return;  // kGoesOn is there
+    if (is_known && q_over_p.accepts_draft<T>(draft.values, scale, u)) return;  // kGoesOn is there
     findings.verdicts[position] = kEnds;
   } else {
-    const Request request(a, b, {summaries, a.draft_logsumexp ? &given : nullptr, &draft_mass},
-                          scale, greedy);
+    const PositionSummaries known{summaries, a.draft_logsumexp ? &given : nullptr, &draft_mass};
+    const OtherPosition<Request> other{Request(a, b, known, scale, greedy), k, draft};
     if (warp == 1) {
-      make_row(request, k, is_last ? kPlaceholderTokenId : draft.id, row);
-    } else if (is_last || !accepts_token(request, k, draft)) {
+      other.make_row(row);
+    } else if (is_last || !other.accepts_draft()) {
       findings.verdicts[position] = kEnds;
     }
   }
@@ -161,100 +161,128 @@ __global__ void __launch_bounds__(kDecidingWarps* kWarp, kResidentDecisions)
   }
 }
 
-// All warps of a block: draws from a row, in shared memory, whose tiles' sums are there, or are
-// known.
-template <typename T, typename Output>
-__device__ __forceinline__ void block_draw(LogitsRow<T>& row, float* sums, float u, int vocab_size,
-                                           const Output& output, int lane, int warp) {
-  __shared__ float weights[kPaddedTile];
-  __shared__ Pick pick;
-  const int tiles = num_tiles(vocab_size);
-  if (warp == 0) {
-#pragma unroll 1  // the second pass is rare
-    for (;;) {
-      const bool known = row.from_stats();
-      if (known) warp_store_masses(row, tiles, lane, sums);
-      const Pick found = warp_pick_tile(sums, tiles, u, lane);
-      if (lane == 0) pick = found;
-      if (known || found.item >= 0) break;
-      if (lane == 0) row = row.target();  // the residual has no weight
-      __syncwarp();
-    }
-  }
-  __syncthreads();
-  if (pick.item >= 0) {  // a few logits a thread: one warp alone would take as long as all before
-    block_store_weights(row, pick.item, vocab_size, weights);
-    __syncthreads();
-  }
-  if (warp != 0) return;
-  const int token = pick.item < 0 ? 0 : warp_pick_token(weights, pick, lane);
-  if (lane == 0) output.store_token(token);
+// How many of a row's tiles are read 16 bytes at a time, and have no end: known once for all, as in
+// decide_kernel.
+template <typename T>
+__device__ __forceinline__ int tiles_by_vectors(const LogitsRow<T>& row, int vocab_size) {
+  const bool vectors = sizeof(T) < 4 && by_vectors<T>(row.p, row.q, vocab_size);
+  return vectors ? vocab_size / kTile : 0;
 }
 
-// Draws at the first position that ends each request.
+// One warp: the sum of a tile's weights.
 template <typename T>
-__global__ void __launch_bounds__(kDrawingWarps* kWarp, kResidentShares)
-    draw_kernel(const __grid_constant__ LogitsParams a, int blocks, int share,
+__device__ __forceinline__ float warp_weigh_next(const LogitsRow<T>& row, int tile, int plain_tiles,
+                                                 int vocab_size, int lane) {
+  RawTile<T> p, q;
+  if (tile < plain_tiles) {
+    const int from = tile * kTile + lane * kVector<T>;
+    load_vectors(row.p + from, p);
+    if (row.q) load_vectors(row.q + from, q);
+  } else {
+    load_tiles(row, tile, vocab_size, lane, p, q);
+  }
+  return warp_weigh_raw(row, p, q, tile, lane, nullptr);
+}
+
+// RequestOutput of a request that is made anew where it is used: kept, it would take registers that
+// the loop over tiles wants.
+template <typename T>
+struct DrawOutput {
+  const Params& a;
+  unsigned b;
+  const int64_t& accepted;  // in shared memory
+
+  __device__ __forceinline__ void store_decision(int lane) const {
+    const Request<T> request(a, b);
+    RequestOutput<Request<T>>{request, accepted}.store_decision(lane);
+  }
+  __device__ __forceinline__ void store_token(int id) const {
+    Request<T>(a, b).store(accepted, id);
+  }
+};
+
+// Draws at the first position that ends each request, by a cluster a request: its blocks tell one
+// another what they sum, which takes a fraction of the time of a count in global memory.
+template <typename T>
+__global__ void __launch_bounds__(kMaxFusedWarps* kWarp, 1)
+    draw_kernel(const __grid_constant__ LogitsParams a, int blocks,
                 const __grid_constant__ Findings<T> findings) {
+#if FR_HAS_CLUSTERS
   __shared__ LogitsRow<T> row;
   __shared__ int64_t accepted;
   __shared__ float recovery_uniform;
-  const int lane = threadIdx.x % kWarp, warp = threadIdx.x / kWarp;
-  const unsigned b = blockIdx.x / blocks;
-  const int rank = static_cast<int>(blockIdx.x % blocks);
+  __shared__ Pick picked;
+  __shared__ float weights[kPaddedTile];
+  FR_DYNAMIC_SHARED(uint64_t, shared);  // TileSums
+  const int lane = threadIdx.x % kWarp, warp = threadIdx.x / kWarp, warps = blockDim.x / kWarp;
+  const unsigned b = cluster_index();
+  const int rank = static_cast<int>(cluster_rank());
   const int64_t spec_length = a.base.spec_length;
   const int vocab_size = static_cast<int>(a.base.vocab_size), tiles = num_tiles(vocab_size);
+  const TileSums all{reinterpret_cast<float*>(shared + 2), shared};
+  if (threadIdx.x == 0) expect_sums(all, tiles);
+  __syncwarp();
+  cluster_start();
   // Before the launch in front lets this one start it has waited for the arguments.
-  const Request<T> request(a.base, b);
-  if (warp == kDrawingWarps - 1) {
+  const int drafts = drafts_of(a.base, b, static_cast<unsigned>(spec_length));
+  if (warp == warps - 1) {
     const float u = uniform(a.base, b, spec_length);
     if (lane == 0) recovery_uniform = u;
   }
   wait_for_launch_before();
   if (warp == 0) {
     const int64_t position = b * (spec_length + 1);
-    const int64_t end = warp_first_end(findings.verdicts + position, request.drafts, lane);
+    const int64_t end = warp_first_end(findings.verdicts + position, drafts, lane);
     if (lane == 0) {
       accepted = end;
       row = findings.rows[position + end];
     }
   }
+  cluster_wait();
   __syncthreads();
-  float* sums = findings.sums + static_cast<int64_t>(b) * tiles;
-  const RequestOutput<Request<T>> output{request, accepted};
-  if (rank == 0 && warp == kDrawingWarps - 1) output.store_decision(lane);
+  const DrawOutput<T> output{a.base, b, accepted};
+  if (rank == 0 && warp == warps - 1) output.store_decision(lane);
   if (row.fixed_token >= 0) {
     if (rank == 0 && threadIdx.x == 0) output.store_token(row.fixed_token);
     return;
   }
-  if (row.from_stats()) {
-    if (rank != 0) return;
-  } else {
-    const int block_begin = rank * kDrawingWarps * share, begin = block_begin + warp * share;
-    const int end = begin + share < tiles ? begin + share : tiles;
-    // Known once for all tiles, as in decide_kernel.
-    const bool vectors = sizeof(T) < 4 && by_vectors<T>(row.p, row.q, vocab_size);
-    const int plain_tiles = vectors ? vocab_size / kTile : 0;
-    float own = 0.0f;
+  const OwnTiles own(rank, blocks);
+#pragma unroll 1  // the second pass is rare, and its sums are known
+  for (;;) {
+    const bool known = row.from_stats();
+    const int plain_tiles = tiles_by_vectors(row, vocab_size);
 #pragma unroll 1
-    for (int tile = begin; tile < end; ++tile) {
-      RawTile<T> p, q;
-      if (tile < plain_tiles) {
-        const int from = tile * kTile + lane * kVector<T>;
-        load_vectors(row.p + from, p);
-        if (row.q) load_vectors(row.q + from, q);
-      } else {
-        load_tiles(row, tile, vocab_size, lane, p, q);
-      }
-      const float sum = warp_weigh_raw(row, p, q, tile, lane, nullptr);
-      if (lane == tile - begin) own = sum;
+    for (int tile = known ? tiles : own.first; tile < tiles; tile += own.step) {
+      const float sum = warp_weigh_next(row, tile, plain_tiles, vocab_size, lane);
+      if (lane < blocks) send_to_block(all.sums + tile, all.pending, lane, sum);
     }
-    if (begin + lane < end) sums[begin + lane] = own;
-    const int left = tiles - block_begin, of_block = kDrawingWarps * share;
-    const int count = left < of_block ? left : of_block;
-    if (!block_completes(findings.summed + b, count, tiles, lane, warp)) return;
+    if (warp == 0) {
+      if (known) {
+        warp_store_masses(row, tiles, lane, all.sums);
+      } else {
+        wait_for_bytes(all.pending);
+      }
+      const Pick found = warp_pick_tile(all.sums, tiles, recovery_uniform, lane);
+      if (lane == 0) picked = found;
+    }
+    __syncthreads();
+    const Pick tile = picked;
+    if (tile.item >= 0 || known) {
+      if (tile.item < 0) {  // p has no mass either
+        if (rank == 0 && threadIdx.x == 0) output.store_token(0);
+      } else if (tile.item / warps % blocks == rank) {
+        block_store_weights(row, tile.item, vocab_size, weights);
+        __syncthreads();
+        if (warp != 0) return;
+        const int token = warp_pick_token(weights, tile, lane);
+        if (lane == 0) output.store_token(token);
+      }
+      return;
+    }
+    if (threadIdx.x == 0) row = row.target();  // the residual has no weight
+    __syncthreads();
   }
-  block_draw(row, sums, recovery_uniform, vocab_size, output, lane, warp);
+#endif
 }
 
 }  // namespace

@@ -197,9 +197,8 @@ __device__ __forceinline__ double warp_sum_weights(const TileStats* stats, int t
 
 __device__ __noinline__ double warp_wide_row_sum(const TileStats* stats, float largest, float scale,
                                                  int tiles, int lane) {
-  return warp_sum_weights(stats, tiles, lane, [&](const TileStats& tile) {
-    return tile_weight(tile, largest, scale);
-  });
+  return warp_sum_weights(stats, tiles, lane,
+                          [&](const TileStats& tile) { return tile_weight(tile, largest, scale); });
 }
 
 // One warp: the sum of a row's weights beside its largest logit. Branches once, not a tile.

@@ -286,10 +286,21 @@ __global__ void __launch_bounds__(kMaxWarps* kWarp, 1)
       const RowSummary given = {0.0, draft.logsumexp, nullptr, 0.0f, kNegativeInfinity, -1};
       decided.summaries.given = a.draft_logsumexp ? &given : nullptr;
       if (rows > 1) decided.summaries.threshold = at.kept_of[1].threshold;
+      // Rows are plain where the request has no filter, which is rare here: not inline, since a
+      // walk waits for new instructions.
+      const bool may_be_plain = summaries[0].sum > 0;
       if (threadIdx.x == kWarp) {
-        make_row(decided, k, is_last ? kPlaceholderTokenId : token.id, &row);
+        if (may_be_plain) {
+          const DraftToken none{kPlaceholderTokenId, 0.0f, {}};
+          OtherPosition<Request>{decided, k, is_last ? none : token}.make_row(&row);
+        } else {
+          row = decided.row(k, is_last ? kPlaceholderTokenId : token.id, RowRatio{});
+        }
+      } else if (may_be_plain) {
+        ends = is_last || !OtherPosition<Request>{decided, k, token}.accepts_draft();
       } else {
-        ends = is_last || !accepts_token(decided, k, token);
+        const auto u = [&] { return token.u; };
+        ends = is_last || !decided.accepts_values(k, token.id, token.values, RowRatio{}, u);
       }
     }
     __syncthreads();

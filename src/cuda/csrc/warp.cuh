@@ -237,10 +237,10 @@ constexpr int kMaxWarps = 16;
 // of 16 warps then fit a multiprocessor. ptxas spills for sm_120 at 64.
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 1200
 constexpr int kMaxFusedWarps = 16;
-constexpr int kResidentBlocks = 1, kResidentShares = 4;
+constexpr int kResidentBlocks = 1, kResidentDecisions = 2;
 #else
 constexpr int kMaxFusedWarps = 32;
-constexpr int kResidentBlocks = 2, kResidentShares = 8;
+constexpr int kResidentBlocks = 2, kResidentDecisions = 4;
 #endif
 constexpr unsigned kIdleGrid = 64;  // blocks
 constexpr unsigned kAllLanes = 0xFFFFFFFFu;
@@ -568,7 +568,7 @@ __device__ __forceinline__ float warp_weigh_raw(const Row& row, RawTile<ElementO
                                                 RawTile<ElementOf<Row>>& q, int tile, int lane,
                                                 float* weights) {
   using T = ElementOf<Row>;
-  if constexpr (Row::kTargetIsLogits) {
+  if constexpr (Row::kTargetIsLogits && sizeof(T) < 4) {  // float32 leaves no registers for it
     if (row.q && row.is_plain()) return warp_weigh_plain(row, p, q, lane, weights);
   }
   const int begin = tile * kTile + lane * kVector<T>;
@@ -582,7 +582,7 @@ __device__ __forceinline__ float warp_weigh_raw(const Row& row, RawTile<ElementO
       for (int i = 0; i < 8; ++i) {
         w[i] = row.without_draft(p.at(i), begin + RawTile<T>::index(half, i));
       }
-    } else if (!Row::kTargetIsLogits) {
+    } else if (row.is_plain()) {
 #pragma unroll
       for (int i = 0; i < 8; ++i) w[i] = row.with_plain_draft(p.at(i), q.at(i));
     } else {
