@@ -650,6 +650,18 @@ MUTANTS = [
         ";",
     ),
     Mutant(
+        "logits: where the drafts end with a placeholder a residual is drawn from",
+        POSITIONS,
+        "(is_last || draft.id == kPlaceholderTokenId) && !greedy;",
+        "is_last && !greedy;",
+    ),
+    Mutant(
+        "logits: the same in the launch that decides",
+        SHARES,
+        "if (draft.id == kPlaceholderTokenId && !greedy) {",
+        "if (is_last && !greedy) {",
+    ),
+    Mutant(
         "logits: where a warp keeps its tile the draft's is taken for it",
         POSITIONS,
         "RawTile<T> now = keeps_raw && i >= tiles ? raw_q : raw;",

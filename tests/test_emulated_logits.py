@@ -134,6 +134,14 @@ def test_positions_of_every_dtype_ragged_and_unaligned(dtype):
     check_positions_of_every_draft(case, temperature=torch.tensor([1.0, 0.7, 1.0, 1.3]))
 
 
+def test_positions_whose_drafts_end_with_a_placeholder():
+    """They draw from the target's row; a residual of draft and target would give another token."""
+    case = make_logits_case(8, 3, 1000)
+    case["draft_token_ids"][:, 1] = -1
+    case["draft_token_ids"][0, 0] = -1
+    check_positions_of_every_draft(case)
+
+
 def test_positions_of_more_drafts_than_lanes_and_of_none():
     case = make_logits_case(2, 40, 600)
     case["target_logits"][:, :36] = case["draft_logits"][:, :36]

@@ -472,7 +472,11 @@ int plan_from_logits(const LogitsParams& a, Exchange exchange, int blocks, Logit
     const bool many = a.base.batch_size >= kMany && a.base.batch_size <= kMostInGrid;
     if (plan->early_exit && blocks == 0 && !a.filters() && many) {
       const int64_t rows = a.base.batch_size * (num_draft_rows(a) > 0 ? 2 : 1);
-      plan->deciding_share = rows > (a.base.dtype == Dtype::kFloat32 ? 64 : 16) ? 4 : 2;
+      if (a.base.dtype == Dtype::kFloat32) {
+        plan->deciding_share = rows > 64 ? 4 : 2;
+      } else {
+        plan->deciding_share = rows >= 256 ? 8 : rows > 16 ? 4 : 2;
+      }
     }
   }
   plan->workspace_bytes = Workspace(a, *plan).bytes();

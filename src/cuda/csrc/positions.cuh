@@ -225,6 +225,30 @@ struct OtherPosition {
   }
 };
 
+// The same where there are filters, so that rows are plain only if the request has none: inline for
+// all others. `is_last`: the drafts have ended.
+template <typename Request>
+__device__ __forceinline__ bool ends_filtered(const Request& request, unsigned k, bool is_last,
+                                              const DraftToken& draft) {
+  if (is_last) return true;
+  if (request.summaries.target(k).sum > 0) {
+    return !OtherPosition<Request>{request, k, draft}.accepts_draft();
+  }
+  const auto u = [&] { return draft.u; };
+  return !request.accepts_values(k, draft.id, draft.values, RowRatio{}, u);
+}
+template <typename Request>
+__device__ __forceinline__ void make_filtered_row(const Request& request, unsigned k, bool is_last,
+                                                  const DraftToken& draft,
+                                                  typename Request::Row* row) {
+  if (request.summaries.target(k).sum > 0) {
+    const DraftToken none{kPlaceholderTokenId, 0.0f, {}};
+    OtherPosition<Request>{request, k, is_last ? none : draft}.make_row(row);
+  } else {
+    *row = request.row(k, is_last ? kPlaceholderTokenId : draft.id, RowRatio{});
+  }
+}
+
 // All threads of a cluster: draws from a residual of which each warp has at most one tile, in its
 // registers. False where it has no weight; `row` is then that of the target.
 template <typename T, typename Output>
@@ -443,7 +467,9 @@ __global__ void __launch_bounds__(kMaxWarps* kWarp, kResidentPositions<T, filter
     if (!is_last && x_q && a.draft_is_logits && !greedy) {
       q_over_p = RowRatio::of(target.sum, target.largest, draft_mass, scale);
     }
-    if (is_last && !greedy) {
+    // Drafts may end with a placeholder too.
+    const bool from_target = (is_last || draft.id == kPlaceholderTokenId) && !greedy;
+    if (from_target) {
       if (threadIdx.x == kWarp) row = LogitsRow<T>::of_target(x_p, target, scale);
       if (threadIdx.x == 0) tell(kEnds);
     } else if (q_over_p.is_plain && threadIdx.x == kWarp) {
@@ -454,18 +480,27 @@ __global__ void __launch_bounds__(kMaxWarps* kWarp, kResidentPositions<T, filter
       const bool accepted = is_known && q_over_p.accepts_draft<T>(draft.values, scale, u);
       tell(accepted ? kGoesOn : kEnds);
     }
-    if (threadIdx.x == 0) is_decided = q_over_p.is_plain || (is_last && !greedy);
+    if (threadIdx.x == 0) is_decided = q_over_p.is_plain || from_target;
   }
   if (!filtered) __syncthreads();
   if (filtered || !is_decided) {
     if (decides) {
       PositionSummaries known{summaries, a.draft_logsumexp ? &given : nullptr, &draft_mass};
       if (filtered && rows > 1) known.threshold = at.kept_of[1].threshold;
-      const OtherPosition<Request> other{Request(a, b, known, scale, greedy), k, draft};
-      if (threadIdx.x == kWarp) {
-        other.make_row(&row);
+      const Request decided(a, b, known, scale, greedy);
+      if constexpr (filtered) {
+        if (threadIdx.x == kWarp) {
+          make_filtered_row(decided, k, is_last, draft, &row);
+        } else {
+          tell(ends_filtered(decided, k, is_last, draft) ? kEnds : kGoesOn);
+        }
       } else {
-        tell(is_last || !other.accepts_draft() ? kEnds : kGoesOn);
+        const OtherPosition<Request> other{decided, k, draft};
+        if (threadIdx.x == kWarp) {
+          other.make_row(&row);
+        } else {
+          tell(is_last || !other.accepts_draft() ? kEnds : kGoesOn);
+        }
       }
     }
     __syncthreads();

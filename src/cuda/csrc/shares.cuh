@@ -74,7 +74,10 @@ __device__ __forceinline__ void block_decide_position(const LogitsParams& a, uns
     q_over_p = RowRatio::of(target.sum, target.largest, draft_mass, scale);
   }
   LogitsRow<T>* const row = &findings.rows[position];
-  if (q_over_p.is_plain && warp == 1) {  // for nothing where the draft is accepted
+  if (draft.id == kPlaceholderTokenId && !greedy) {  // drafts may end with one too
+    if (warp == 1) *row = LogitsRow<T>::of_target(x_p, target, scale);
+    if (warp == 0) findings.verdicts[position] = kEnds;
+  } else if (q_over_p.is_plain && warp == 1) {  // for nothing where the draft is accepted
     *row = LogitsRow<T>::of_plain(x_p, x_q, target, q_over_p, scale);
   } else if (q_over_p.is_plain) {
     const bool is_known = draft.id >= 0 && draft.id < vocab_size;

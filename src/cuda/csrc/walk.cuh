@@ -286,28 +286,17 @@ __global__ void __launch_bounds__(kMaxWarps* kWarp, 1)
       const RowSummary given = {0.0, draft.logsumexp, nullptr, 0.0f, kNegativeInfinity, -1};
       decided.summaries.given = a.draft_logsumexp ? &given : nullptr;
       if (rows > 1) decided.summaries.threshold = at.kept_of[1].threshold;
-      // Rows are plain where the request has no filter, which is rare here: not inline, since a
-      // walk waits for new instructions.
-      const bool may_be_plain = summaries[0].sum > 0;
       if (threadIdx.x == kWarp) {
-        if (may_be_plain) {
-          const DraftToken none{kPlaceholderTokenId, 0.0f, {}};
-          OtherPosition<Request>{decided, k, is_last ? none : token}.make_row(&row);
-        } else {
-          row = decided.row(k, is_last ? kPlaceholderTokenId : token.id, RowRatio{});
-        }
-      } else if (may_be_plain) {
-        ends = is_last || !OtherPosition<Request>{decided, k, token}.accepts_draft();
+        make_filtered_row(decided, k, is_last, token, &row);
       } else {
-        const auto u = [&] { return token.u; };
-        ends = is_last || !decided.accepts_values(k, token.id, token.values, RowRatio{}, u);
+        ends = ends_filtered(decided, k, is_last, token);
       }
     }
     __syncthreads();
     drawing = team;
     if (ends) break;
   }
-  if (warp == 0) {
+  if (warp == 0) {  // which draws
     const float u = uniform(a.base, b, spec_length);
     if (lane == 0) recovery_uniform = u;
   }
