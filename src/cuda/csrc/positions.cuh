@@ -378,14 +378,39 @@ __global__ void __launch_bounds__(kMaxWarps* kWarp, kResidentPositions<T, filter
       return;
     }
   }
-  // Made anew where it is used: kept, it would take registers that the loops want.
-  const auto request = [&] { return Request(a, b, {summaries}, scale, greedy); };
+  double given_sum = 0.0;
+  float given_uniform = 0.0f;  // of the draft for one lane, of what is drawn for another
+  if (warp == warps - 1) {
+    if (a.base.uniforms && lane < 2) {
+      given_uniform = uniform(a.base, b, lane == 0 ? k : spec_length);
+    }
+    if (a.draft_logsumexp && !is_last) {
+      given_sum = a.draft_logsumexp[static_cast<int64_t>(b) * spec_length + k];
+    }
+  }
   if (looks && !is_last) {
     coming.ask_values(x_p, x_q, vocab_size);
     if (lane == 0) draft.id = coming.id;
   } else if (warp == warps - 1 && lane == 0) {
     draft.id = kPlaceholderTokenId;
   }
+  const auto show_draft = [&] {
+    if (warp != warps - 1) return;
+    if (lane < 2) {
+      const int64_t which = lane == 0 ? k : spec_length;
+      const float u = a.base.uniforms ? given_uniform : uniform(a.base, b, which);
+      (lane == 0 ? draft.u : recovery_uniform) = u;
+    }
+    if (lane == 0) {
+      draft.values = coming.values(x_q);
+      given = {0.0, given_sum, nullptr, 0.0f, kNegativeInfinity, -1};
+      if (a.draft_logsumexp) draft_mass = draft_mass_of(given_sum);
+    }
+    __syncwarp();
+  };
+  // With filters float32 has no registers to keep it in while the tiles are worked on.
+  constexpr bool kShowsLate = !filtered || sizeof(T) < 4;
+  if (!kShowsLate) show_draft();
   // The card has time for rows that only a rejection reads.
   const bool ahead = !filtered && !early_exit && rows == 1 && x_q && !keeps_raw;
   const Filters filters = filtered ? Filters(a, b) : Filters::none();
@@ -405,23 +430,7 @@ __global__ void __launch_bounds__(kMaxWarps* kWarp, kResidentPositions<T, filter
   }
   if (waits) cluster_wait();
   if (keeps_raw && rows == 1 && first < tiles) load(tiles + first, raw_q);
-  if (warp == warps - 1) {
-    double given_sum = 0.0;
-    if (a.draft_logsumexp && !is_last) {
-      given_sum = a.draft_logsumexp[static_cast<int64_t>(b) * spec_length + k];
-    }
-    // Of the draft by one lane, of what is drawn by another.
-    if (lane < 2) {
-      const float u = uniform(a.base, b, lane == 0 ? k : spec_length);
-      (lane == 0 ? draft.u : recovery_uniform) = u;
-    }
-    if (lane == 0) {
-      draft.values = coming.values(x_q);
-      given = {0.0, given_sum, nullptr, 0.0f, kNegativeInfinity, -1};
-      if (a.draft_logsumexp) draft_mass = draft_mass_of(given_sum);
-    }
-    __syncwarp();
-  }
+  if (kShowsLate) show_draft();
   if (filtered || warp < rows) wait_for_bytes(at.pending + At::kStats);
   if constexpr (filtered) {
     const Team team = team_of(at, is_halved(rows, blocks), rank, blocks);

@@ -257,12 +257,14 @@ __global__ void __launch_bounds__(kMaxFusedWarps* kWarp, 1)
 #pragma unroll 1
     for (int tile = known ? tiles : own.first; tile < tiles; tile += own.step) {
       const float sum = warp_weigh_next(row, tile, plain_tiles, vocab_size, lane);
-      if (lane < blocks) send_to_block(all.sums + tile, all.pending, lane, sum);
+      if (blocks == 1 && lane == 0) all.sums[tile] = sum;  // there is no cluster then
+      if (blocks > 1 && lane < blocks) send_to_block(all.sums + tile, all.pending, lane, sum);
     }
+    if (blocks == 1) __syncthreads();
     if (warp == 0) {
       if (known) {
         warp_store_masses(row, tiles, lane, all.sums);
-      } else {
+      } else if (blocks > 1) {
         wait_for_bytes(all.pending);
       }
       const Pick found = warp_pick_tile(all.sums, tiles, recovery_uniform, lane);
