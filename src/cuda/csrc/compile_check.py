@@ -42,7 +42,7 @@ OTHERS = (
 )
 # Bytes that those which search for what filters keep may store, around that search and outside of
 # the loops over tiles: positions_kernel with filters, and once a position walk_kernel.
-SEARCHING = {"positions_kernel": 80, "walk_kernel": 336}
+SEARCHING = {"positions_kernel": 98, "walk_kernel": 336}
 KERNEL = re.compile(rf"\d({'|'.join((*FAST, *OTHERS, *SEARCHING))})[IE]")  # in a mangled name
 STEPS = {"0": "in cluster", "1": "alone", "2": "sum", "3": "select"}
 DTYPES = {"f": "float32", "8BFloat16": "bfloat16", "7Float16": "float16"}
