@@ -132,10 +132,10 @@ void run_logits(const LogitsParams& a, int kernel, int n, bool early_exit, unsig
       emulation::launch(static_cast<int>(batch_size) * n, threads, n, shared, walk, seed);
       return;
     }
-    // n stands for how many tiles a warp has. Both kernels leave the same.
+    // n stands for how many tiles a warp of decide_kernel has too. Both kernels leave the same.
     if (early_exit && n != 2 && !a.filters() && a.base.spec_length > 0) {
-      const int of_block = kDecidingWarps * n, shares = (tiles + of_block - 1) / of_block,
-                kinds = num_draft_rows(a) > 0 ? 2 : 1;
+      const int of_block = kDecidingWarps * n, shares = (tiles + of_block - 1) / of_block;
+      const int kinds = num_draft_rows(a) > 0 ? 2 : 1;
       const auto body = [&] { decide_kernel<T>(a, shares, n, findings); };
       emulation::launch(kinds * shares, kDecidingWarps * kWarp, 1, 0, body, seed,
                         static_cast<int>(batch_size), positions);

@@ -677,9 +677,7 @@ struct LogitsPlan {
   bool early_exit;
   int blocks_per_walk;  // of the cluster that walks through a request's positions, 0: none does
   int kept_tiles;       // tiles whose weights a block of a position keeps in shared memory
-  // Tiles that a warp of decide_kernel takes, 0 where positions_kernel decides; and one of
-  // draw_kernel.
-  int deciding_share;
+  int deciding_share;  // tiles that a warp of decide_kernel takes, 0 where positions_kernel decides
   int drawing_blocks, drawing_warps;  // of draw_kernel: a request's blocks, a block's warps
   int64_t workspace_bytes;            // uninitialised device memory that launch_from_logits wants
 };
