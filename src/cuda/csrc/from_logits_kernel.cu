@@ -473,9 +473,9 @@ int plan_from_logits(const LogitsParams& a, Exchange exchange, int blocks, Logit
     if (plan->early_exit && blocks == 0 && !a.filters() && many) {
       const int64_t rows = a.base.batch_size * (num_draft_rows(a) > 0 ? 2 : 1);
       if (a.base.dtype == Dtype::kFloat32) {
-        plan->deciding_share = rows > 64 ? 4 : 2;
+        plan->deciding_share = rows >= 256 ? 4 : rows > 32 ? 3 : 2;
       } else {
-        plan->deciding_share = rows >= 256 ? 8 : rows > 16 ? 4 : 2;
+        plan->deciding_share = rows >= 256 ? 8 : rows > 32 ? 4 : 3;
       }
     }
   }

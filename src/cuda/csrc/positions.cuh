@@ -92,6 +92,7 @@ struct PositionShared {
   // two, is_over, what filters keep, statistics of a draft's row that is read later.
   enum Count { kStats, kTileSums = kStats + 2, kIsOver = kTileSums + 2, kKept, kDraftStats };
   static constexpr int kCounts = kDraftStats + 1, kWords = kCounts + 5;
+  static_assert(kWords % 2 == 0);  // 16 bytes at once go to the sums
 
   FR_HOST_DEVICE static constexpr int64_t bytes(int64_t tiles, bool filtered, int slots) {
     const int64_t stats = (filtered ? 4 : 2) * static_cast<int64_t>(sizeof(TileStats));
@@ -256,13 +257,23 @@ __device__ __forceinline__ bool draw_kept_raw(LogitsRow<T>& row, RawTile<T>& p, 
                                               int vocab_size, const float& u, int rank, int blocks,
                                               const PositionShared& at, const Output& output) {
   __shared__ bool picked;
+  __shared__ uint4 own_sums[kMaxWarps / 4];
   const int lane = threadIdx.x % kWarp, warp = threadIdx.x / kWarp, warps = blockDim.x / kWarp;
   const int tiles = num_tiles(vocab_size), begin = rank * warps, tile = begin + warp;
+  float sum = 0.0f;
   if (tile < tiles) {
-    const float sum = warp_weigh_raw(row, p, q, tile, lane, at.kept + warp * kPaddedTile);
-    if (lane < blocks) send_to_block(at.sums.sums + tile, at.sums.pending, lane, sum);
+    sum = warp_weigh_raw(row, p, q, tile, lane, at.kept + warp * kPaddedTile);
+    if (lane == 0) reinterpret_cast<float*>(own_sums)[warp] = sum;
   }
   __syncthreads();  // the weights of this block's tiles are there
+  // Four sums a message, but for the row's last: messages to a block come one after the other.
+  const int own = tiles - begin < warps ? tiles - begin : warps, fours = own / 4;
+  if (lane < blocks && warp < fours) {
+    uint4* const to = reinterpret_cast<uint4*>(at.sums.sums + begin);
+    send_words_to_block(to + warp, at.sums.pending, lane, own_sums[warp]);
+  } else if (lane < blocks && warp >= 4 * fours && warp < own) {
+    send_to_block(at.sums.sums + tile, at.sums.pending, lane, sum);
+  }
   if (warp == 0) {
     wait_for_bytes(at.sums.pending);
     const Pick pick = warp_pick_tile(at.sums.sums, tiles, u, lane);
@@ -562,6 +573,7 @@ __global__ void __launch_bounds__(kMaxWarps* kWarp)
     finish_kernel(const LogitsParams a, const int32_t* tokens) {
   const int lane = threadIdx.x % kWarp, warps = blockDim.x / kWarp;
   const int64_t b = static_cast<int64_t>(blockIdx.x) * warps + threadIdx.x / kWarp;
+  allow_next_launch();
   if (b >= a.base.batch_size) return;
   // Before positions_kernel lets this one start it has waited for all that is read here.
   const Request<float> request(a.base, b);

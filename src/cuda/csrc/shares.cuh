@@ -8,7 +8,7 @@
 namespace fused_rejection {
 namespace {
 
-constexpr int kDecidingWarps = 8;  // of a block
+constexpr int kDecidingWarps = 4;  // of a block
 
 // All warps of a block: counts what it has stored. Whether all of `wanted` is there now; if so the
 // block sees it.
@@ -233,6 +233,7 @@ __global__ void __launch_bounds__(kMaxFusedWarps* kWarp, 1)
     if (lane == 0) recovery_uniform = u;
   }
   wait_for_launch_before();
+  allow_next_launch();
   if (warp == 0) {
     const int64_t position = b * (spec_length + 1);
     const int64_t end = warp_first_end(findings.verdicts + position, drafts, lane);

@@ -40,18 +40,29 @@ struct Evidence {
     const float most = warp_glance(stats, filters.scale, tiles, kind == kAbove ? nullptr : &total);
     if (kind == kAbove) {
       const float x = finite_logit(draft.token.values.target);
+      const float product = most * filters.scale, anchor = whole(product);
       float found = 0.0f, least = 0.0f;
+      int begin = 0;
 #pragma unroll 1
-      for (int first = 0; first < tiles; first += kWarp) {
-        const int tile = first + lane;
-        const bool is_above = tile < tiles && stats[tile].largest > x;
-        if (!__any_sync(kAllLanes, is_above)) continue;
-        if (is_above) {
-          found += tile_weight(stats[tile], most, filters.scale);
-          least += exp2_portable(octaves_beside(stats[tile].largest, most, filters.scale));
+      for (; begin < tiles && !is_wide(product); begin += kGroup * kWarp) {
+#pragma unroll
+        for (int i = 0; i < kGroup; ++i) {  // without a branch, so that none waits for another
+          const int tile = begin + i * kWarp + lane;
+          TileStats known = {kNegativeInfinity, 0.0f};
+          if (tile < tiles) known = stats[tile];
+          const float all = near_tile_weight(known, anchor, filters.scale);
+          const float one = exp2_portable(fmaf(known.largest, filters.scale, -anchor));
+          found += known.largest > x ? all : 0.0f;
+          least += known.largest > x ? one : 0.0f;
         }
-        __syncwarp();
       }
+#pragma unroll 1
+      for (int tile = begin + lane; tile < tiles; tile += kWarp) {
+        if (!(stats[tile].largest > x)) continue;
+        found += tile_weight(stats[tile], most, filters.scale);
+        least += exp2_portable(octaves_beside(stats[tile].largest, most, filters.scale));
+      }
+      __syncwarp();
       found = group_total<kWarp>(found);
       least = group_total<kWarp>(least);
       if (lane == 0) {
@@ -230,9 +241,10 @@ __global__ void __launch_bounds__(kMaxWarps* kWarp, 1)
         break;
       }
       // The next position will as a rule be wanted.
-      if (!is_last) {
-        prefetch_tile(x_p + a.base.target_position_stride, static_cast<const T*>(nullptr), first,
-                      vocab_size, lane);
+      const bool both = summed_rows > 1 && static_cast<int>(k) + 1 < drafts;
+      for (int tile = is_last ? tiles : first; tile < tiles; tile += step) {
+        prefetch_tile(x_p + a.base.target_position_stride,
+                      both ? x_q + a.base.draft_position_stride : nullptr, tile, vocab_size, lane);
       }
       if (looks) {
         DraftOfWalk& ahead = drafts_ahead[lane];
@@ -242,6 +254,10 @@ __global__ void __launch_bounds__(kMaxWarps* kWarp, 1)
           ahead.logsumexp = a.draft_logsumexp[static_cast<int64_t>(b) * spec_length + at_k];
           ahead.octaves = static_cast<float>(ahead.logsumexp * kLog2E);
         }
+      }
+      if (k == 0 && warp == 0) {
+        const float u = uniform(a.base, b, spec_length);
+        if (lane == 0) recovery_uniform = u;
       }
       wait_for_bytes(pending, k >> 1 & 1);
       if (k % kWarp == 0) __syncthreads();  // the drafts are there
@@ -295,10 +311,6 @@ __global__ void __launch_bounds__(kMaxWarps* kWarp, 1)
     __syncthreads();
     drawing = team;
     if (ends) break;
-  }
-  if (warp == 0) {  // which draws
-    const float u = uniform(a.base, b, spec_length);
-    if (lane == 0) recovery_uniform = u;
   }
   using Outputs = fused_rejection::Request<T>;
   const Outputs outputs(a.base, b);

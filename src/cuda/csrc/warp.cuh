@@ -237,10 +237,10 @@ constexpr int kMaxWarps = 16;
 // of 16 warps then fit a multiprocessor. ptxas spills for sm_120 at 64.
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 1200
 constexpr int kMaxFusedWarps = 16;
-constexpr int kResidentBlocks = 1, kResidentDecisions = 2;
+constexpr int kResidentBlocks = 1, kResidentDecisions = 4;
 #else
 constexpr int kMaxFusedWarps = 32;
-constexpr int kResidentBlocks = 2, kResidentDecisions = 4;
+constexpr int kResidentBlocks = 2, kResidentDecisions = 8;
 #endif
 constexpr unsigned kIdleGrid = 64;  // blocks
 constexpr unsigned kAllLanes = 0xFFFFFFFFu;
