@@ -652,14 +652,20 @@ MUTANTS = [
     Mutant(
         "logits: where the drafts end with a placeholder a residual is drawn from",
         POSITIONS,
-        "(is_last || draft.id == kPlaceholderTokenId) && !greedy;",
-        "is_last && !greedy;",
+        "if (draft.id == kPlaceholderTokenId && !greedy) {",
+        "if (draft.id == kPlaceholderTokenId && !x_q && !greedy) {",
     ),
     Mutant(
-        "logits: the same in the launch that decides",
-        SHARES,
-        "if (draft.id == kPlaceholderTokenId && !greedy) {",
-        "if (is_last && !greedy) {",
+        "logits: the sums of a row's last tiles, fewer than four, are not told",
+        POSITIONS,
+        "} else if (lane < blocks && warp >= 4 * fours && warp < own) {",
+        "} else if (lane < blocks && warp > 4 * fours && warp < own) {",
+    ),
+    Mutant(
+        "logits: of a tile above a draft's token a walk counts the largest logit only",
+        WALK,
+        "found += known.largest > x ? all : 0.0f;",
+        "found += known.largest > x ? one : 0.0f;",
     ),
     Mutant(
         "logits: where a warp keeps its tile the draft's is taken for it",

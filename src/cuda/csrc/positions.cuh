@@ -209,6 +209,42 @@ __device__ __forceinline__ RowSummary warp_summarize_kept(const PositionShared& 
   return warp_summarize(x, stats, scale, kNegativeInfinity, greedy, vocab_size, lane);
 }
 
+// A position without filters. Its rows are plain as a rule, and then little is to be done.
+template <typename T>
+struct PlainPosition {
+  const LogitsParams& a;
+  const T *x_p, *x_q;  // x_q null where the drafts have ended, or where they are one-hot
+  const RowSummary& target;
+  const DraftMass& draft_mass;  // of x_q, where that is logits
+  const DraftToken& draft;      // the placeholder where the drafts have ended
+  float scale;
+  bool greedy;
+
+  // One thread: tells the verdict, or stores what to draw from if the request ends here, for nothing
+  // where it does not. False where the rows are not plain.
+  template <typename Tell>
+  __device__ __forceinline__ bool decide(bool tells, const Tell& tell, LogitsRow<T>* row) const {
+    RowRatio q_over_p = {};
+    if (x_q && a.draft_is_logits && !greedy) {
+      q_over_p = RowRatio::of(target.sum, target.largest, draft_mass, scale);
+    }
+    if (draft.id == kPlaceholderTokenId && !greedy) {
+      if (!tells) *row = LogitsRow<T>::of_target(x_p, target, scale);
+      if (tells) tell(kEnds);
+      return true;
+    }
+    if (q_over_p.is_plain && !tells) {
+      *row = LogitsRow<T>::of_plain(x_p, x_q, target, q_over_p, scale);
+    } else if (q_over_p.is_plain) {
+      const bool is_known = draft.id >= 0 && draft.id < static_cast<int>(a.base.vocab_size);
+      const auto u = [&] { return draft.u; };
+      const bool accepted = is_known && q_over_p.accepts_draft<T>(draft.values, scale, u);
+      tell(accepted ? kGoesOn : kEnds);
+    }
+    return q_over_p.is_plain;
+  }
+};
+
 // A position whose rows are not plain. Calls, since they would take registers; of one argument or
 // two, for the same reason.
 template <typename Request>
@@ -478,29 +514,12 @@ __global__ void __launch_bounds__(kMaxWarps* kWarp, kResidentPositions<T, filter
     if (findings.tokens && found == kGoesOn) findings.tokens[position()] = kPlaceholderTokenId;
     if (spec_length == 0) a.base.num_accepted[b] = 0;
   };
-  // Two threads decide, one whether the request ends here, one what it would draw from: at once
-  // where the rows are plain, as they are as a rule.
+  // Two threads decide, one whether the request ends here, one what it would draw from.
   const bool decides = threadIdx.x == 0 || threadIdx.x == kWarp;
   if (!filtered && decides) {
-    const RowSummary& target = summaries[0];
-    RowRatio q_over_p = {};
-    if (!is_last && x_q && a.draft_is_logits && !greedy) {
-      q_over_p = RowRatio::of(target.sum, target.largest, draft_mass, scale);
-    }
-    // Drafts may end with a placeholder too.
-    const bool from_target = (is_last || draft.id == kPlaceholderTokenId) && !greedy;
-    if (from_target) {
-      if (threadIdx.x == kWarp) row = LogitsRow<T>::of_target(x_p, target, scale);
-      if (threadIdx.x == 0) tell(kEnds);
-    } else if (q_over_p.is_plain && threadIdx.x == kWarp) {
-      row = LogitsRow<T>::of_plain(x_p, x_q, target, q_over_p, scale);
-    } else if (q_over_p.is_plain) {
-      const bool is_known = draft.id >= 0 && draft.id < vocab_size;
-      const auto u = [&] { return draft.u; };
-      const bool accepted = is_known && q_over_p.accepts_draft<T>(draft.values, scale, u);
-      tell(accepted ? kGoesOn : kEnds);
-    }
-    if (threadIdx.x == 0) is_decided = q_over_p.is_plain || from_target;
+    const PlainPosition<T> plain{a, x_p, x_q, summaries[0], draft_mass, draft, scale, greedy};
+    const bool known = plain.decide(threadIdx.x == 0, tell, &row);
+    if (threadIdx.x == 0) is_decided = known;
   }
   if (!filtered) __syncthreads();
   if (filtered || !is_decided) {

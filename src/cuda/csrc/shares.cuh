@@ -68,29 +68,18 @@ __device__ __forceinline__ void block_decide_position(const LogitsParams& a, uns
   }
   __syncthreads();
   if (lane != 0 || warp > 1) return;
-  const RowSummary& target = summaries[0];
-  RowRatio q_over_p = {};
-  if (!is_last && x_q && a.draft_is_logits && !greedy) {
-    q_over_p = RowRatio::of(target.sum, target.largest, draft_mass, scale);
-  }
+  const PlainPosition<T> plain{a, x_p, x_q, summaries[0], draft_mass, draft, scale, greedy};
   LogitsRow<T>* const row = &findings.rows[position];
-  if (draft.id == kPlaceholderTokenId && !greedy) {  // drafts may end with one too
-    if (warp == 1) *row = LogitsRow<T>::of_target(x_p, target, scale);
-    if (warp == 0) findings.verdicts[position] = kEnds;
-  } else if (q_over_p.is_plain && warp == 1) {  // for nothing where the draft is accepted
-    *row = LogitsRow<T>::of_plain(x_p, x_q, target, q_over_p, scale);
-  } else if (q_over_p.is_plain) {
-    const bool is_known = draft.id >= 0 && draft.id < vocab_size;
-    const auto u = [&] { return draft.u; };
-    if (is_known && q_over_p.accepts_draft<T>(draft.values, scale, u)) return;  // kGoesOn is there
-    findings.verdicts[position] = kEnds;
-  } else {
+  const auto tell = [&](Verdict found) {
+    if (found == kEnds) findings.verdicts[position] = kEnds;  // kGoesOn is there
+  };
+  if (!plain.decide(warp == 0, tell, row)) {
     const PositionSummaries known{summaries, a.draft_logsumexp ? &given : nullptr, &draft_mass};
     const OtherPosition<Request> other{Request(a, b, known, scale, greedy), k, draft};
     if (warp == 1) {
       other.make_row(row);
-    } else if (is_last || !other.accepts_draft()) {
-      findings.verdicts[position] = kEnds;
+    } else {
+      tell(is_last || !other.accepts_draft() ? kEnds : kGoesOn);
     }
   }
 }

@@ -240,9 +240,11 @@ __global__ void __launch_bounds__(kMaxWarps* kWarp, 1)
         }
         break;
       }
-      // The next position will as a rule be wanted.
+      // The next position will as a rule be wanted. Of float32 logits only the first tiles: more
+      // would be in the way of other requests' loads.
       const bool both = summed_rows > 1 && static_cast<int>(k) + 1 < drafts;
-      for (int tile = is_last ? tiles : first; tile < tiles; tile += step) {
+      const int last = sizeof(T) < 4 || first >= tiles ? tiles : first + 1;
+      for (int tile = first; tile < last && !is_last; tile += step) {
         prefetch_tile(x_p + a.base.target_position_stride,
                       both ? x_q + a.base.draft_position_stride : nullptr, tile, vocab_size, lane);
       }
