@@ -220,8 +220,8 @@ struct PlainPosition {
   float scale;
   bool greedy;
 
-  // One thread: tells the verdict, or stores what to draw from if the request ends here, for nothing
-  // where it does not. False where the rows are not plain.
+  // One thread: tells the verdict, or stores what to draw from if the request ends here, for
+  // nothing where it does not. False where the rows are not plain.
   template <typename Tell>
   __device__ __forceinline__ bool decide(bool tells, const Tell& tell, LogitsRow<T>* row) const {
     RowRatio q_over_p = {};
