@@ -147,6 +147,58 @@ def test_sampling_emits_the_oracles_tokens_and_logsumexp(name, device, vocab_siz
     assert np.allclose(logsumexp.numpy(), total, rtol=1e-6, atol=1e-6)
 
 
+# Where the scale of the exponents, log2(e) / temperature, is 1: weights of whole logits are exact.
+OCTAVES = {"temperature": torch.tensor([1.4426950408889634])}
+
+
+def draw_where_it_is_rejected(name, device, target, draft, token, uniform):
+    """The token drawn after `token`, which the target excludes, at this uniform. By index, {index:
+    logit} of one row of 1,024, whose other logits are -inf."""
+    rows = torch.full((2, 1024), -torch.inf)
+    for row, logits in zip(rows, (target, draft), strict=True):
+        row[list(logits)] = torch.tensor(list(logits.values()))
+    case = {
+        "draft_token_ids": torch.tensor([[token]]),
+        "target_logits": rows[0].expand(1, 2, -1).contiguous(),
+        "draft_logits": rows[1].view(1, 1, -1),
+        "uniforms": torch.tensor([[0.5, uniform]]),
+    }
+    output = verify(name, device, case, **OCTAVES)
+    assert output.num_accepted.tolist() == [0]
+    return int(output.token_ids[0, 0])
+
+
+@on_every(["cpp"], ["cuda"])
+def test_a_residual_of_rows_that_differ_by_less_than_float32_tells(name, device):
+    # Token 600 takes 2^-25 of the draft's sum, which float32 does not tell from 1, and token 1 has
+    # 2^-26 octaves less there: their residuals are about 2 to 3. With all in float32 token 0's is 0.
+    target, draft = {0: 0.0, 1: 0.0}, {0: 0.0, 1: -(2.0**-26), 600: -24.0}
+    drawn = [
+        draw_where_it_is_rejected(name, device, target, draft, 600, u) for u in (0.1, 0.3, 0.6, 0.9)
+    ]
+    assert drawn == [0, 0, 1, 1]
+
+
+@on_every(["cpp"], ["cuda"])
+def test_a_residual_of_rows_eight_octaves_apart_keeps_what_their_difference_loses(name, device):
+    # As above, but a difference of logits is about -8, where float32's are 2^-20 apart: without
+    # what the subtraction lost both tokens would have the same residual; it is about 1 to 2.
+    target, draft = {0: 8.0, 1: 8.0}, {0: 0.0, 1: -(2.0**-23), 600: -22.0}
+    drawn = [
+        draw_where_it_is_rejected(name, device, target, draft, 600, u) for u in (0.1, 0.25, 0.4, 0.9)
+    ]
+    assert drawn == [0, 0, 1, 1]
+
+
+@on_every_device
+def test_what_both_rows_exclude_has_no_weight_where_they_are_equal(name, device):
+    logits = {7: 0.0, 900: -1.0}
+    drawn = [
+        draw_where_it_is_rejected(name, device, logits, logits, 1024, u) for u in (0.0, 0.5, 0.99)
+    ]
+    assert drawn == [7, 7, 900]
+
+
 @pytest.mark.parametrize("which", ["plain", "temperatures", "all"])
 @on_every_device
 def test_a_drafts_own_logsumexp_changes_nothing(name, device, which):
