@@ -168,35 +168,38 @@ def draw_where_it_is_rejected(name, device, target, draft, token, uniform):
     return int(output.token_ids[0, 0])
 
 
-@on_every(["cpp"], ["cuda"])
-def test_a_residual_of_rows_that_differ_by_less_than_float32_tells(name, device):
-    # Token 600 takes 2^-25 of the draft's sum, which float32 does not tell from 1, and token 1 has
-    # 2^-26 octaves less there: the residuals are about 2 to 3. In float32 token 0 would have none.
-    target, draft = {0: 0.0, 1: 0.0}, {0: 0.0, 1: -(2.0**-26), 600: -24.0}
-    drawn = [
-        draw_where_it_is_rejected(name, device, target, draft, 600, u) for u in (0.1, 0.3, 0.6, 0.9)
-    ]
-    assert drawn == [0, 0, 1, 1]
+# Rows that differ by less than float32 tells, by index, and the drawn tokens by uniform. Token 600
+# is the draft's alone. In the first it takes 2^-25 of the draft's sum, which float32 does not tell
+# from 1, and token 1 has 2^-26 octaves less there: the residuals of 0 and 1 are about 2 to 3; in
+# float32 token 0 would have none. In the second a difference of logits is about -8, where float32's
+# are 2^-20 apart: without what the subtraction lost both residuals would be equal; they are about
+# 1 to 2.
+NEAR_ROWS = {
+    "equal sums in float32": (
+        {0: 0.0, 1: 0.0},
+        {0: 0.0, 1: -(2.0**-26), 600: -24.0},
+        {0.1: 0, 0.3: 0, 0.6: 1, 0.9: 1},
+    ),
+    "eight octaves apart": (
+        {0: 8.0, 1: 8.0},
+        {0: 0.0, 1: -(2.0**-23), 600: -22.0},
+        {0.1: 0, 0.2: 0, 0.4: 1, 0.9: 1},
+    ),
+}
 
 
+@pytest.mark.parametrize("target, draft, drawn", NEAR_ROWS.values(), ids=NEAR_ROWS)
 @on_every(["cpp"], ["cuda"])
-def test_a_residual_of_rows_eight_octaves_apart_keeps_what_their_difference_loses(name, device):
-    # As above, but a difference of logits is about -8, where float32's are 2^-20 apart: without
-    # what the subtraction lost both tokens would have the same residual; it is about 1 to 2.
-    target, draft = {0: 8.0, 1: 8.0}, {0: 0.0, 1: -(2.0**-23), 600: -22.0}
-    drawn = [
-        draw_where_it_is_rejected(name, device, target, draft, 600, u) for u in (0.1, 0.2, 0.4, 0.9)
-    ]
-    assert drawn == [0, 0, 1, 1]
+def test_a_residual_keeps_what_float32_loses_of_near_rows(name, device, target, draft, drawn):
+    tokens = {u: draw_where_it_is_rejected(name, device, target, draft, 600, u) for u in drawn}
+    assert tokens == drawn
 
 
 @on_every_device
 def test_what_both_rows_exclude_has_no_weight_where_they_are_equal(name, device):
-    logits = {7: 0.0, 900: -1.0}
-    drawn = [
-        draw_where_it_is_rejected(name, device, logits, logits, 1024, u) for u in (0.0, 0.5, 0.99)
-    ]
-    assert drawn == [7, 7, 900]
+    logits, drawn = {7: 0.0, 900: -1.0}, {0.0: 7, 0.5: 7, 0.99: 900}
+    tokens = {u: draw_where_it_is_rejected(name, device, logits, logits, 1024, u) for u in drawn}
+    assert tokens == drawn
 
 
 @pytest.mark.parametrize("which", ["plain", "temperatures", "all"])
